@@ -1,0 +1,1 @@
+"""One private site: its data, its model, its training loop."""

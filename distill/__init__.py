@@ -1,0 +1,1 @@
+"""A large teacher into a small student."""

@@ -1,0 +1,1 @@
+"""From a model directory to a generating device: build, run, push, agent."""
