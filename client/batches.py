@@ -1,0 +1,88 @@
+"""Records into tokens into padded batches. Only the response is learned.
+
+Shape letters: B records, T tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from client.records import DataError, Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that is not learned: torch's own default in cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as tokens."""
+
+    input_ids: tuple[int, ...]
+    num_prompt: int
+    """Leading tokens that are given, not learned."""
+
+
+def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -> list[Example]:
+    """Render records with the tokenizer's chat template and tokenise them.
+
+    The prompt is rendered up to and including the assistant's header, the response follows, then
+    the end-of-turn that the template writes. A response that does not fit is cut (its end-of-turn
+    with it: the model must not learn to stop in mid-sentence); a prompt that leaves no room for
+    one token of response is left out.
+
+    Args:
+        records: What to encode.
+        tokenizer: A transformers tokenizer with a chat template.
+        max_tokens: Longest example.
+
+    Raises:
+        DataError: The tokenizer has no chat template, or no record fits ``max_tokens``.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: "
+            "use an instruction-tuned model directory, or add chat_template.jinja to it"
+        )
+    examples = []
+    for record in records:
+        user = [{"role": "user", "content": record.prompt}]
+        turn = [*user, {"role": "assistant", "content": record.response}]
+        prompt = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turn, tokenize=False)
+        # Tokenised apart: a merge across the border would hide where the response begins,
+        # and at generation time the prompt stands alone too.
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        response_ids = tokenizer.encode(whole[len(prompt) :].rstrip("\n"), add_special_tokens=False)
+        if len(prompt_ids) < max_tokens:
+            ids = (*prompt_ids, *response_ids)[:max_tokens]
+            examples.append(Example(ids, len(prompt_ids)))
+    if not examples:
+        raise DataError(f"no record fits {max_tokens} tokens: raise training.max_tokens")
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right into one batch.
+
+    Returns:
+        `input_ids` [B, T] int64, `attention_mask` [B, T] int64 (1 = real) and `labels` [B, T]
+        int64: the input ids where they are learned, -100 elsewhere (not shifted).
+    """
+    import torch
+
+    longest = max(len(example.input_ids) for example in examples)
+    input_ids_BT = torch.full((len(examples), longest), pad_id)
+    attention_mask_BT = torch.zeros((len(examples), longest), dtype=torch.long)
+    labels_BT = torch.full((len(examples), longest), IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids = torch.tensor(example.input_ids)
+        input_ids_BT[row, :length] = ids
+        attention_mask_BT[row, :length] = 1
+        labels_BT[row, example.num_prompt : length] = ids[example.num_prompt :]
+    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}

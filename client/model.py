@@ -1,0 +1,130 @@
+"""A model directory into memory: base, tokenizer, adapter on top.
+
+Llama- and Qwen2-family decoders in the Hugging Face layout. Weights come from safetensors only and
+no code is taken from a model directory.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from federation.base_model import ModelError, read_config
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def load_model(directory: Path, dtype: str) -> Any:
+    """Load a decoder in evaluation mode.
+
+    Args:
+        directory: Hugging Face layout.
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        ModelError: The directory is missing, incomplete, or of another family.
+    """
+    architecture = (read_config(directory).get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise ModelError(
+            f"{directory}: architecture {architecture} is not supported; expected one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _silence_progress_bars()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer of a model directory and check that the model can embed every id.
+
+    Raises:
+        ModelError: There is none, or it knows more tokens than the model (a tokenizer mismatch).
+    """
+    config = read_config(directory)
+    if not (directory / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{directory}: tokenizer.json is missing: copy the model's tokenizer into it"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config["vocab_size"]:
+        raise ModelError(
+            f"{directory}: tokenizer mismatch: it knows token id {largest}, the model embeds ids "
+            f"below {config['vocab_size']}: use the tokenizer that belongs to this model"
+        )
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the id to pad with: any will do, since padding is masked."""
+    return int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+
+
+def add_adapter(model: Any, adapter: Any) -> Any:
+    """Put a LoRA adapter on a frozen base and return the peft model, factors in float32.
+
+    Args:
+        model: From ``load_model``.
+        adapter: A ``federation.adapter.Adapter``.
+    """
+    import warnings
+
+    from federation.adapter import write_into_model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=adapter.target_modules,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft wants to look a base model up on a hub to compare vocabularies; ours is a directory.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        adapted = get_peft_model(model, config)
+    write_into_model(adapted, adapter)
+    return adapted
+
+
+def merged_model(base: Path, adapter: Path, dtype: str) -> Any:
+    """Return the base with a PEFT adapter directory merged into its weights.
+
+    The sum is taken in float32 and rounded once: merging in bfloat16 would lose updates smaller
+    than 1/256 of a weight.
+
+    Raises:
+        ModelError: Either directory is missing or they do not fit each other.
+    """
+    import torch
+    from federation.adapter import read_adapter
+
+    adapted = add_adapter(load_model(base, "float32"), read_adapter(adapter))
+    return adapted.merge_and_unload().to(getattr(torch, dtype)).eval()
+
+
+def same_tokens(one: Path, other: Path) -> bool:
+    """Tell whether two model directories map every token string to the same id."""
+    vocabularies = []
+    for directory in (one, other):
+        tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        vocabularies.append({**tokenizer["model"]["vocab"], **added})
+    return vocabularies[0] == vocabularies[1]
+
+
+def _silence_progress_bars() -> None:
+    """Keep the library's bars out of our output: a command draws its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,34 @@
+"""Settings of one site's training. The same keys under `[training]` of a run config."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from federation.settings import Settings
+
+
+class TrainingSettings(Settings):
+    """One stretch of training: a round of a federation, or a whole run alone."""
+
+    num_steps: Annotated[int, Field(ge=1)] = 8
+    """Optimizer steps."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Records in one forward pass."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Forward passes in one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """L2 norm to which the gradient of a step is clipped."""
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longest record, prompt and response together; a longer response is cut."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Number format of the frozen base. Trained weights are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints. 0 = none."""
+    seed: Annotated[int, Field(ge=0)] = 0

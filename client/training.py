@@ -1,0 +1,230 @@
+"""The training loop of every room: a site's round, a run alone, a distillation.
+
+`transformers.Trainer` carries precision, accumulation, clipping, checkpoints and resume. Ours are
+the loss (a function), the order of the data (the order given, so that two runs can be paired) and
+the normalisation: a step's loss is the mean over the learned tokens of all its forward passes.
+
+Shape letters: B records, T tokens, D hidden, N learned positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from client.batches import IGNORED, Example, collate
+from client.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    LossFunction = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
+    """Model and batch to the mean loss over the batch's learned positions (a float32 scalar)."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    step: int
+    loss: float
+    """Mean over the step's learned tokens, nats, before the update."""
+    learning_rate: float
+    grad_norm: float
+    """L2 norm before clipping."""
+    num_tokens: int
+    """Learned tokens."""
+    seconds: float
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    *,
+    pad_id: int,
+    loss_function: LossFunction | None = None,
+    checkpoints: Path | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Train ``model`` in place on ``examples`` in the order given; return every step.
+
+    With ``checkpoints`` and ``settings.checkpoint_every`` a run that was killed continues from its
+    last checkpoint (weights, optimizer, schedule, data position) and ends with the same weights as
+    an uninterrupted one; the steps before it are not in the returned list.
+
+    Args:
+        model: Its parameters with ``requires_grad`` are trained; keep them in float32.
+        examples: Exactly num_steps x accumulation x batch_size of them: see ``draw``.
+        settings: Steps, batch, learning rate.
+        pad_id: Token id to pad with.
+        loss_function: Default: cross-entropy of the response.
+        checkpoints: Directory for checkpoints.
+        on_step: Called after each step, for a progress bar or an event log.
+    """
+    expected = settings.num_steps * settings.accumulation * settings.batch_size
+    if len(examples) != expected:
+        raise ValueError(f"{len(examples)} examples for {expected} places: use draw()")
+    trainer = _build_trainer(
+        model,
+        examples,
+        settings,
+        pad_id=pad_id,
+        loss_function=loss_function or response_cross_entropy,
+        checkpoints=checkpoints,
+        on_step=on_step or (lambda _: None),
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    model.eval()
+    steps: list[Step] = trainer.steps
+    return steps
+
+
+def draw(items: Sequence[Item], count: int, *, seed: int, start: int = 0) -> list[Item]:
+    """Return ``count`` items of an endless, seeded sequence of shuffled epochs, from ``start`` on.
+
+    Round r of a federation draws at start = (r - 1) x count, so that over the rounds a site sees
+    every record once before it sees one twice.
+    """
+    drawn: list[Item] = []
+    epoch, offset = divmod(start, len(items))
+    while len(drawn) < count:
+        order = list(range(len(items)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311 - order of data, no secret
+        drawn += [items[index] for index in order[offset : offset + count - len(drawn)]]
+        epoch, offset = epoch + 1, 0
+    return drawn
+
+
+def response_cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Return the mean next-token cross-entropy of the response, in nats.
+
+    Only learned positions reach the head: a [B, T, V] tensor of logits is never made.
+    """
+    from torch.nn.functional import cross_entropy
+
+    hidden_ND, targets_N = learned_positions(model, batch)
+    logits_NV = decoder_of(model).lm_head(hidden_ND).float()
+    return cross_entropy(logits_NV, targets_N)
+
+
+def learned_positions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Run the decoder without its head; return hidden states [N, D] and their targets [N]."""
+    decoder = decoder_of(model)
+    output = decoder.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    targets_BT = batch["labels"][:, 1:]
+    is_learned_BT = targets_BT != IGNORED
+    hidden_ND = output.last_hidden_state[:, :-1][is_learned_BT]
+    return hidden_ND, targets_BT[is_learned_BT]
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the ...ForCausalLM inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _last_checkpoint(checkpoints: Path | None) -> str | None:
+    if checkpoints is None or not checkpoints.is_dir():
+        return None
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found: str | None = get_last_checkpoint(str(checkpoints))
+    return found
+
+
+def _build_trainer(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: TrainingSettings,
+    *,
+    pad_id: int,
+    loss_function: LossFunction,
+    checkpoints: Path | None,
+    on_step: Callable[[Step], None],
+) -> Any:
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    class OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
+        """Trainer with our loss, the data in the order given, and its steps on record."""
+
+        loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch
+            self.steps: list[Step] = []
+            self._num_tokens = 0
+            self._started = time.perf_counter()
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(train_dataset or self.train_dataset)
+
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Tensor],
+            return_outputs: bool = False,  # noqa: ARG002 - the Trainer's signature
+            num_items_in_batch: Any = None,
+        ) -> Tensor:
+            learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
+            self._num_tokens += learned
+            return loss_function(model, inputs) * (learned / int(num_items_in_batch))
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+            if "loss" not in logs:
+                return
+            now = time.perf_counter()
+            step = Step(
+                step=self.state.global_step,
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                grad_norm=float(logs.get("grad_norm", 0.0)),
+                num_tokens=self._num_tokens,
+                seconds=now - self._started,
+            )
+            self._num_tokens, self._started = 0, now
+            self.steps.append(step)
+            on_step(step)
+
+    saves = checkpoints is not None and settings.checkpoint_every > 0
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints) if checkpoints else None,
+        max_steps=settings.num_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule
+        if settings.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps" if saves else "no",
+        save_steps=max(settings.checkpoint_every, 1),
+        save_total_limit=2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    return OrderedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=list(examples),
+        data_collator=lambda rows: collate(rows, pad_id),
+    )
