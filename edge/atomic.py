@@ -1,5 +1,6 @@
 """Writes that either happened or did not: a reader never sees half a file, `kill -9` included."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge.errors import UserError
+from edge.errors import EdgeError, UserError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -22,7 +23,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
         Path(name).replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -46,7 +47,7 @@ def new_directory(path: Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         building.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -62,7 +63,26 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} exists already: remove it or choose another --out")
 
 
-def _sync_directory(path: Path) -> None:
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path`` for the length of the block; the kernel frees it on `kill -9`.
+
+    Raises:
+        EdgeError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EdgeError(
+                f"another process works in {path.parent}: wait for it, or stop it, and start again"
+            ) from None
+        yield
+
+
+def sync_directory(path: Path) -> None:
+    """Put a directory's entries on disk: a rename survives a power cut only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,258 @@
+"""Walk an artefact's lineage back to its first byte, and name every byte that is not as it was.
+
+``verify`` believes nothing it has not hashed. It collects every disagreement instead of stopping
+at the first, and tells the ancestors it saw on disk from those it knows only by digest. What it
+cannot see is a lineage.json whose parameters or metrics were edited before anything signed it:
+the digest in a signed release closes that gap (``expected``).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge.errors import UserError
+from edge.lineage import Statement, parse_statement, sha256_of_file, subject_names
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One disagreement between a statement and the bytes on disk."""
+
+    artefact: str
+    file: str
+    what: str
+    expected: str = ""
+    seen: str = ""
+
+    def __str__(self) -> str:
+        digests = [f"expected sha256 {self.expected}"] if self.expected else []
+        digests += [f"found sha256 {self.seen}"] if self.seen else []
+        return f"{self.artefact}: {self.file} {self.what}" + "".join(f", {one}" for one in digests)
+
+
+@dataclass
+class Walk:
+    """What ``verify`` found on the way back."""
+
+    path: Path
+    root: str
+    """sha256 of the artefact's own lineage.json."""
+    statements: dict[str, Statement] = field(default_factory=dict)
+    """The artefact and every ancestor whose statement is whole, by sha256, nearest first."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """The first name under which each digest was reached."""
+    rehashed: dict[str, list[Path]] = field(default_factory=dict)
+    """Directories (of statements) and files (of other materials) hashed and found whole."""
+    problems: list[Problem] = field(default_factory=list)
+
+    def label(self, sha256: str) -> str:
+        """Return a name for people: role, round where there is one, first digits of the digest."""
+        statement = self.statements.get(sha256)
+        server_round = statement.parameters.get("server_round") if statement else None
+        of_round = "" if server_round is None else f" of round {server_round}"
+        return f"{self.roles.get(sha256, 'artefact')}{of_round} {sha256[:12]}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the walk as one JSON object, nearest ancestor first."""
+        return {
+            "path": str(self.path),
+            "ok": not self.problems,
+            "lineage": self.root,
+            "artefacts": [
+                {
+                    "sha256": sha256,
+                    "role": self.roles[sha256],
+                    "stage": one.stage,
+                    "files": dict(one.subjects),
+                    "materials": [vars(material) for material in one.materials],
+                    "parameters": dict(one.parameters),
+                    "metrics": dict(one.metrics),
+                    "rehashed": [str(path) for path in self.rehashed.get(sha256, [])],
+                }
+                for sha256, one in self.statements.items()
+            ],
+            "problems": [vars(problem) for problem in self.problems],
+        }
+
+
+def verify(path: Path, sources: Sequence[Path] = (), expected: str | None = None) -> Walk:
+    """Hash an artefact and walk its lineage back as far as statements and ``sources`` reach.
+
+    Cost: one read of every file of ``path`` and of each ancestor found in ``sources``.
+
+    Args:
+        path: An artefact directory, or a link to one (a device's `current`).
+        sources: Directories searched, at any depth, for ancestors: a directory that carries an
+            ancestor's statement, a model from elsewhere by its file names, and a file named
+            `<sha256>` or `<sha256>.*` for a material known by digest.
+        expected: sha256 of lineage.json as a signed release gives it.
+
+    Returns:
+        The walk. It holds when ``problems`` is empty.
+
+    Raises:
+        UserError: ``path`` has no lineage.json, or a source is no directory.
+    """
+    own = path / "lineage.json"
+    if not own.is_file():
+        raise UserError(f"{path} holds no lineage.json: name the directory of a finished artefact")
+    if missing := [source for source in sources if not source.is_dir()]:
+        raise UserError(f"--source {missing[0]} is not a directory")
+    content = own.read_bytes()
+    walk = Walk(path=path, root=hashlib.sha256(content).hexdigest())
+    if expected is not None and walk.root != expected:
+        problem = Problem(str(path), "lineage.json", "is not the signed one", expected, walk.root)
+        walk.problems.append(problem)
+    try:
+        statement = parse_statement(content)
+    except ValueError as error:
+        walk.problems.append(Problem(str(path), "lineage.json", str(error)))
+        return walk
+    walk.statements[walk.root] = statement
+    walk.roles[walk.root] = statement.stage
+    _record(walk, path, statement, _file_problems(walk, path, statement))
+    _walk_back(walk)
+    if sources:
+        _search(walk, sources)
+    return walk
+
+
+def _file_problems(walk: Walk, directory: Path, statement: Statement) -> list[Problem]:
+    """Hash the files of one artefact: missing, changed and unlisted ones are each named."""
+    artefact = f"{walk.label(statement.sha256)} ({directory})"
+    problems = []
+    for name, expected in statement.subjects.items():
+        file = directory / name
+        if not file.is_file():
+            problems.append(Problem(artefact, name, "is missing", expected))
+        elif (seen := sha256_of_file(file)) != expected:
+            problems.append(Problem(artefact, name, "was changed", expected, seen))
+    unlisted = sorted(set(subject_names(directory)) - set(statement.subjects))
+    return problems + [Problem(artefact, name, "is not listed there") for name in unlisted]
+
+
+def _record(walk: Walk, directory: Path, statement: Statement, problems: list[Problem]) -> None:
+    walk.problems += problems
+    if not problems:
+        walk.rehashed.setdefault(statement.sha256, []).append(directory)
+
+
+def _walk_back(walk: Walk) -> None:
+    """Read every ancestor's statement from lineage/, each proven by the digest that named it."""
+    folder = walk.path / "lineage"
+    waiting = [walk.statements[walk.root]]
+    has_gap = False
+    while waiting:
+        for material in waiting.pop(0).materials:
+            walk.roles.setdefault(material.sha256, material.name)
+            if not material.is_statement or material.sha256 in walk.statements:
+                continue
+            ancestor = _read_ancestor(walk, folder / f"{material.sha256}.json", material.sha256)
+            if ancestor is None:
+                has_gap = True
+            else:
+                walk.statements[ancestor.sha256] = ancestor
+                waiting.append(ancestor)
+    if has_gap:
+        return  # what lies behind the gap cannot be told from what does not belong
+    known = {f"{sha256}.json" for sha256 in walk.statements}
+    for file in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
+        if (name := file.relative_to(folder).as_posix()) not in known:
+            walk.problems.append(Problem(str(walk.path), f"lineage/{name}", "is no ancestor's"))
+
+
+def _read_ancestor(walk: Walk, file: Path, sha256: str) -> Statement | None:
+    artefact, name = f"statement of {walk.label(sha256)}", f"lineage/{file.name}"
+    if not file.is_file():
+        walk.problems.append(Problem(artefact, name, "is missing", sha256))
+        return None
+    content = file.read_bytes()
+    if (seen := hashlib.sha256(content).hexdigest()) != sha256:
+        walk.problems.append(Problem(artefact, name, "was altered", sha256, seen))
+        return None
+    try:
+        return parse_statement(content)
+    except ValueError as error:
+        walk.problems.append(Problem(artefact, name, str(error)))
+        return None
+
+
+def _search(walk: Walk, sources: Sequence[Path]) -> None:
+    """Find ancestors on disk and hash them too.
+
+    A directory from elsewhere carries no statement, so it is known by its file names; when no
+    whole copy of it turns up, the copies that share at least one file are what was changed.
+    """
+    digests = {
+        material.sha256
+        for statement in walk.statements.values()
+        for material in statement.materials
+        if not material.is_statement
+    }
+    suspects: dict[str, list[Problem]] = {}
+    for source in sources:
+        found = len(walk.problems), sum(map(len, walk.rehashed.values())), len(suspects)
+        for directory, names in _directories(source, skip=walk.path.resolve()):
+            if "lineage.json" in names:
+                _check_descendant(walk, directory)
+            else:
+                _check_foreign(walk, directory, suspects)
+            for name in names:
+                if (stem := name.split(".", maxsplit=1)[0]) in digests:
+                    _check_material(walk, directory / name, stem)
+        if found == (len(walk.problems), sum(map(len, walk.rehashed.values())), len(suspects)):
+            walk.problems.append(Problem("--source", str(source), "holds no ancestor of this one"))
+    for sha256, problems in suspects.items():
+        if sha256 not in walk.rehashed:
+            walk.problems += problems
+
+
+def _directories(source: Path, skip: Path) -> Iterator[tuple[Path, list[str]]]:
+    for here, folders, names in os.walk(source):
+        folders[:] = sorted(
+            folder for folder in folders if folder != "lineage" and not folder.startswith(".")
+        )
+        if Path(here).resolve() != skip:
+            yield Path(here), sorted(names)
+
+
+def _check_descendant(walk: Walk, directory: Path) -> None:
+    """Hash a directory that carries an ancestor's statement, or its files under another one."""
+    seen = sha256_of_file(directory / "lineage.json")
+    for sha256, ancestor in walk.statements.items():
+        if sha256 == seen != walk.root:
+            _record(walk, directory, ancestor, _file_problems(walk, directory, ancestor))
+        elif sha256 not in {walk.root, seen} and ancestor.stage != "external":
+            files = [(directory / name, digest) for name, digest in ancestor.subjects.items()]
+            if files and all(
+                file.is_file() and sha256_of_file(file) == digest for file, digest in files
+            ):
+                artefact = f"{walk.label(sha256)} ({directory})"
+                problem = Problem(artefact, "lineage.json", "was altered", sha256, seen)
+                walk.problems.append(problem)
+
+
+def _check_foreign(walk: Walk, directory: Path, suspects: dict[str, list[Problem]]) -> None:
+    for sha256, ancestor in walk.statements.items():
+        if ancestor.stage != "external" or sha256 == walk.root:
+            continue
+        if not all((directory / name).is_file() for name in ancestor.subjects):
+            continue
+        problems = _file_problems(walk, directory, ancestor)
+        if not problems:
+            _record(walk, directory, ancestor, problems)
+        elif sum(problem.file in ancestor.subjects for problem in problems) < len(
+            ancestor.subjects
+        ):
+            suspects.setdefault(sha256, []).extend(problems)
+
+
+def _check_material(walk: Walk, file: Path, sha256: str) -> None:
+    if (seen := sha256_of_file(file)) == sha256:
+        walk.rehashed.setdefault(sha256, []).append(file)
+    else:
+        problem = Problem(walk.label(sha256), str(file), "was changed", sha256, seen)
+        walk.problems.append(problem)
