@@ -28,7 +28,7 @@ from edge.lineage import is_safe_name, is_sha256
 RELEASE_TYPE = "urn:fedge:release:v1"
 PAYLOAD_TYPE = "application/vnd.fedge.release.v1+json"
 MAX_ENVELOPE_BYTES = 1 << 20
-"""A release of 2,000 files takes about 400 KB; a device reads no more than this before it trusts."""
+"""2,000 files of one release take about 400 KB; a device reads no more before it trusts."""
 _MAX_FILES = 2_000
 _MAX_SIZE = 1 << 40
 _MAX_SEQUENCE = (1 << 53) - 1  # the largest integer every JSON reader keeps
@@ -51,6 +51,9 @@ class Probe:
     max_tokens: int = 16
 
 
+DEFAULT_PROBE = Probe()
+
+
 @dataclass(frozen=True)
 class Release:
     """One build, offered to one channel. Construction refuses what no device should act on."""
@@ -65,7 +68,7 @@ class Release:
     files: tuple[ReleaseFile, ...]
     lineage: str
     """sha256 of the build's lineage.json, itself one of the files."""
-    probe: Probe = Probe()
+    probe: Probe = DEFAULT_PROBE
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -85,7 +88,7 @@ class Release:
         if not (isinstance(self.probe.prompt, str) and 0 < len(self.probe.prompt) <= 4096):
             raise ValueError("probe.prompt: expected 1 to 4096 characters")
         _check_files(self.files)
-        if not any(file == ("lineage.json", self.lineage) for file in _names_and_digests(self)):
+        if ("lineage.json", self.lineage) not in [(file.name, file.sha256) for file in self.files]:
             raise ValueError(f"lineage {self.lineage!r} is not the sha256 of a file lineage.json")
 
     @property
@@ -101,10 +104,6 @@ class Release:
 
     def __str__(self) -> str:
         return f"release {self.sequence} of {self.channel} ({self.build}, {self.digest[:12]})"
-
-
-def _names_and_digests(release: Release) -> list[tuple[str, str]]:
-    return [(file.name, file.sha256) for file in release.files]
 
 
 def _check_integer(field: str, value: object, low: int, high: int) -> None:
@@ -218,8 +217,9 @@ def _split(envelope: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
         if document["payloadType"] != PAYLOAD_TYPE:
             raise ValueError(f"payloadType {document['payloadType']!r}: expected {PAYLOAD_TYPE!r}")
         signatures = [
-            (str(one["keyid"]), base64.b64decode(one["sig"], validate=True))
+            (one["keyid"], base64.b64decode(one["sig"], validate=True))
             for one in document["signatures"]
+            if is_sha256(one["keyid"])
         ]
         return base64.b64decode(document["payload"], validate=True), signatures
     except (ValueError, TypeError, KeyError, RecursionError) as error:
