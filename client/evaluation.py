@@ -44,12 +44,12 @@ def evaluate(
         examples: Held-out records.
         pad_id: Token id to pad with.
         batch_size: Records in one forward pass.
-        on_batch: Called with the number of records done, for a progress bar.
+        on_batch: Called with the number of records in each batch, for a progress bar.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    total_loss, num_correct, num_tokens, done = 0.0, 0, 0, 0
+    total_loss, num_correct, num_tokens = 0.0, 0, 0
     device = next(model.parameters()).device
     # Records of like length together: less padding, the same sums.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
@@ -62,8 +62,7 @@ def evaluate(
             total_loss += cross_entropy(logits_NV, targets_N, reduction="sum").item()
             num_correct += int((logits_NV.argmax(-1) == targets_N).sum())
             num_tokens += len(targets_N)
-            done += len(rows)
             if on_batch:
-                on_batch(done)
+                on_batch(len(rows))
     loss = total_loss / num_tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)), num_correct / num_tokens, num_tokens)

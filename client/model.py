@@ -7,9 +7,11 @@ no code is taken from a model directory.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from federation.adapter import Adapter, read_adapter, write_into_model
 from federation.base_model import ModelError, read_config
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -69,30 +71,42 @@ def padding_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
 
 
-def add_adapter(model: Any, adapter: Any) -> Any:
-    """Put a LoRA adapter on a frozen base and return the peft model, factors in float32.
+def new_adapter(model: Any, *, rank: int, alpha: float, target_modules: Sequence[str]) -> Any:
+    """Put an untrained LoRA adapter on a frozen base; return the peft model, factors in float32.
 
     Args:
         model: From ``load_model``.
-        adapter: A ``federation.adapter.Adapter``.
+        rank: Of every module.
+        alpha: LoRA alpha.
+        target_modules: Last parts of module names, such as "q_proj".
     """
     import warnings
 
-    from federation.adapter import write_into_model
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=adapter.target_modules,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(target_modules),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        # peft wants to look a base model up on a hub to compare vocabularies; ours is a directory.
+        # peft looks the base model up on a hub to compare vocabularies; ours is a directory.
         warnings.filterwarnings("ignore", message="Could not find a config file")
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
+
+
+def add_adapter(model: Any, adapter: Adapter) -> Any:
+    """Put a LoRA adapter on a frozen base; return the peft model, factors in float32.
+
+    Raises:
+        ModelError: The adapter was made for another base model.
+    """
+    adapted = new_adapter(
+        model, rank=adapter.rank, alpha=adapter.alpha, target_modules=adapter.target_modules
+    )
     write_into_model(adapted, adapter)
     return adapted
 
@@ -107,7 +121,6 @@ def merged_model(base: Path, adapter: Path, dtype: str) -> Any:
         ModelError: Either directory is missing or they do not fit each other.
     """
     import torch
-    from federation.adapter import read_adapter
 
     adapted = add_adapter(load_model(base, "float32"), read_adapter(adapter))
     return adapted.merge_and_unload().to(getattr(torch, dtype)).eval()

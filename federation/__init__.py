@@ -1,1 +1,1 @@
-"""The Flower server side, and the vocabulary that every site shares: adapter, wire format, events, lineage."""
+"""The Flower server side, and what every site shares: adapter, wire format, events, lineage."""

@@ -41,13 +41,13 @@ def write_lineage(
     parameters: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> str:
-    """Describe every file in ``directory`` and what it was made from; return the statement's sha256.
+    """Describe the files of ``directory`` and their sources; return the statement's sha256.
 
     Args:
         directory: The finished artefact. `lineage.json` and `lineage/` are written into it.
         stage: What made it: "fetch", "federate", "distill", "build".
         directories: Artefact directories it was made from, by role ("base_model", "adapter").
-            One without a `lineage.json` of its own (a model from elsewhere) is described by its files.
+            One without a `lineage.json` (a model from elsewhere) is described by its files.
         digests: Other things it was made from, by role: hex sha256 of their bytes.
         parameters: The settings that shaped it. JSON values only, and never text from a data set.
         metrics: What was measured on it. JSON values only.
@@ -70,7 +70,7 @@ def write_lineage(
 
 
 def statement_of(directory: Path) -> bytes:
-    """Return the statement of an artefact directory; one from elsewhere is described by its files."""
+    """Return an artefact's statement; one from elsewhere is described by its files."""
     own = directory / "lineage.json"
     if own.is_file():
         return own.read_bytes()

@@ -5,7 +5,9 @@ Flower's run config holds scalars only and flattens tables to dotted keys (`trai
 silently ignored is worse than a run that does not start.
 """
 
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -38,19 +40,19 @@ class AdapterSettings(Settings):
 
 
 class FederationSettings(Settings):
-    """One federated run: `[tool.flwr.app.config]` of pyproject.toml, or `flwr run . -c 'key=value'`."""
+    """One federated run: `[tool.flwr.app.config]`, or `flwr run . -c 'key=value'`."""
 
     base_model: str
-    """Directory of the base model, in Hugging Face layout. The same digest is expected at every site."""
+    """Directory of the base model (Hugging Face layout). Every site must hold the same digest."""
     out: str
     """Directory of the run: adapters, updates in flight, events."""
     simulated_sites: str = ""
-    """Simulation only: a directory with one folder a site (train.jsonl). A real site names its own data."""
+    """Simulation only: a directory with one folder a site. A real site names its own data."""
     num_rounds: Annotated[int, Field(ge=1)] = 4
     num_sites: Annotated[int, Field(ge=1)] = 2
     """Sites to wait for before the first round starts."""
     aggregation: Literal["products", "factors"] = "products"
-    """products: the exact weighted mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way."""
+    """products: the exact mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of an adapter on the wire."""
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
@@ -90,6 +92,20 @@ def load_settings(kind: type[SettingsKind], values: Mapping[str, Any], source: s
         return kind(**nested)
     except ValidationError as error:
         raise SettingsError(f"{source}: {_describe(kind, error)}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file as tables.
+
+    Raises:
+        SettingsError: The file is missing or not TOML.
+    """
+    if not path.is_file():
+        raise SettingsError(f"{path} does not exist: pass a TOML file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from None
 
 
 def _describe(kind: type[Settings], error: ValidationError) -> str:

@@ -6,7 +6,7 @@ One byte array a message, because Flower spends its time per array, not per byte
     magic    4 bytes   b"FDGW"
     version  u16       1
     length   u32       of the header
-    header   JSON      {"dtype", "rank", "alpha", "base_model", "tensors": [[name, [rows, cols]], …]}
+    header   JSON      {"dtype", "rank", "alpha", "base_model", "tensors": [[name, [rows, cols]]]}
     tensors  bytes     row-major, in the header's order, no gaps; B then A of each module
     digest   32 bytes  sha256 of everything before it
 

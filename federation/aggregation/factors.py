@@ -6,7 +6,6 @@ Cheap, additive, and not the mean update: it is kept to be compared with.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import TYPE_CHECKING
 
 from federation.adapter import LowRank

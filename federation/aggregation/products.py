@@ -85,8 +85,8 @@ def _gram(x_SN: Tensor) -> Tensor:
     import torch
 
     gram_SS = torch.zeros(len(x_SN), len(x_SN), dtype=torch.float64)
-    for slab in x_SN.split(_SLAB, dim=1):
-        wide = slab.double()
+    for start in range(0, x_SN.shape[1], _SLAB):
+        wide = x_SN[:, start : start + _SLAB].double()
         gram_SS.addmm_(wide, wide.mT)
     return gram_SS
 
@@ -126,7 +126,9 @@ def _mean_rows(updates: Sequence[LowRank], fractions: Sequence[float], rank: int
         for row in range(min(rank, len(update.a_RI))):
             mean_RS[row, start + row] = fraction
         start += len(update.a_RI)
-    return mean_RS / mean_RS.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    totals_R1 = mean_RS.sum(dim=1, keepdim=True)
+    rows_RS: Tensor = mean_RS / totals_R1.clamp_min(torch.finfo(torch.float64).tiny)
+    return rows_RS
 
 
 def _complete_basis(kept_PQ: Tensor, mean_a_RP: Tensor, rank: int) -> Tensor:

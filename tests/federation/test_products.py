@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from federation.adapter import LowRank
 from federation.aggregation import AggregationError, average_factors, average_products
 
@@ -149,8 +150,8 @@ def test_out_by_in_is_never_allocated() -> None:
     dense_numel = 20_000 * 20_000
     largest = 0
 
-    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):  # noqa: SLF001
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             for item in result if isinstance(result, tuple | list) else [result]:

@@ -1,0 +1,161 @@
+"""`client`: one site alone. Check its data, train an adapter on it, evaluate one.
+
+The federated way to the same training loop is `client.client_app`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from federation.command import print_result, run_command
+
+app = typer.Typer(
+    help="One private site: check its data, train on it alone, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]
+AdapterPath = Annotated[Path | None, typer.Option("--adapter", help="PEFT adapter directory.")]
+
+
+@app.command("check-data")
+def check_data(
+    data: Annotated[list[Path], typer.Argument(help="JSONL files: prompt and response a line.")],
+    min_characters: Annotated[int, typer.Option(min=1, help="Shortest response kept.")] = 2,
+    max_characters: Annotated[int, typer.Option(min=1, help="Longest text kept.")] = 20_000,
+    as_json: Json = False,
+) -> None:
+    """Say what would be kept and dropped, by rule, with line numbers. Never prints the text."""
+    from client.cleaning import clean
+    from client.records import read_records
+
+    results = []
+    for path in data:
+        cleaned = clean(
+            read_records(path), min_characters=min_characters, max_characters=max_characters
+        )
+        results.append({"file": str(path), "kept": len(cleaned.kept), "dropped": cleaned.dropped})
+    print_result({"files": results}, as_json, lambda: _print_check(results))
+
+
+@app.command()
+def train(
+    data: Annotated[list[Path], typer.Option("--data", help="JSONL file; repeat for several.")],
+    base_model: Base,
+    out: Annotated[Path, typer.Option(help="New directory for the adapter.")],
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    alpha: Annotated[float, typer.Option(min=0.001)] = 32.0,
+    targets: Annotated[str, typer.Option(help="all-linear or attention.")] = "all-linear",
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="TOML with training settings.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One training setting, key=value; repeat.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA adapter on this site's data alone. Several files share every batch evenly.
+
+    Killed runs continue from their last checkpoint (`--set checkpoint_every=50`).
+    """
+    from client.alone import train_alone
+    from client.settings import TrainingSettings
+    from federation.settings import AdapterSettings, load_settings, read_toml
+
+    values = read_toml(settings_file) if settings_file else {}
+    values |= _parse_settings(settings or [])
+    result = train_alone(
+        data,
+        base_model,
+        out,
+        load_settings(AdapterSettings, {"rank": rank, "alpha": alpha, "targets": targets}, "train"),
+        load_settings(TrainingSettings, values, str(settings_file or "--set")),
+    )
+    print_result(
+        result,
+        as_json,
+        lambda: typer.echo(
+            f"{out}: {result['num_steps']} steps, loss {result['first_loss']:.4f} -> "
+            f"{result['last_loss']:.4f}, {result['seconds']:.0f} s"
+        ),
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[list[Path], typer.Option("--data", help="Held-out JSONL; repeat for several.")],
+    base_model: Base,
+    adapter: AdapterPath = None,
+    max_tokens: Annotated[int, typer.Option(min=8)] = 512,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Print loss, perplexity, token accuracy and number of tokens of each file."""
+    from client.alone import evaluate_alone
+    from federation.settings import SettingsError
+
+    if dtype not in ("float32", "bfloat16"):
+        raise SettingsError(f"--dtype is {dtype!r}: expected float32 or bfloat16")
+    results = evaluate_alone(
+        data, base_model, adapter, max_tokens=max_tokens, batch_size=batch_size, dtype=dtype
+    )
+    print_result({"files": results}, as_json, lambda: _print_evaluation(results))
+
+
+def _parse_settings(pairs: list[str]) -> dict[str, Any]:
+    from federation.settings import SettingsError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise SettingsError(f"--set {pair!r}: expected key=value, such as num_steps=24")
+        values[key.strip()] = value.strip()
+    return values
+
+
+def _print_check(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("file", "rule", "records", "lines"):
+        table.add_column(column)
+    for result in results:
+        table.add_row(result["file"], "kept", str(result["kept"]), "")
+        for rule, lines in result["dropped"].items():
+            shown = ", ".join(map(str, lines[:12])) + (" …" if len(lines) > 12 else "")
+            table.add_row("", rule, str(len(lines)), shown)
+    Console().print(table)
+
+
+def _print_evaluation(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("file", "loss", "perplexity", "token accuracy", "tokens"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    for result in results:
+        table.add_row(
+            result["file"],
+            f"{result['loss']:.4f}",
+            f"{result['perplexity']:.2f}",
+            f"{result['token_accuracy']:.1%}",
+            str(result["num_tokens"]),
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(app)
+
+
+if __name__ == "__main__":
+    main()
