@@ -154,6 +154,18 @@ class Pushed:
     num_bytes_copied: int
     """Bytes of blobs that the registry did not hold yet."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Return what was pushed as one JSON object."""
+        release = self.release
+        return {
+            "build": release.build,
+            "channel": release.channel,
+            "sequence": release.sequence,
+            "digest": release.digest,
+            "num_bytes": sum(file.size for file in release.files),
+            "num_bytes_copied": self.num_bytes_copied,
+        }
+
 
 def push(
     build: Path,
@@ -183,16 +195,18 @@ def push(
         UserError: The build is not one, or a field of the release is out of range.
         VerificationError: A file is not what the build's lineage says.
     """
+    from edge.manifest import read_manifest  # pydantic: a device that only reads does without
+
     walk = verify(build)
     if walk.problems:
         raise VerificationError(f"{build} is not pushed: {walk.problems[0]}; build it again")
-    manifest = _read_build_manifest(build)
+    manifest = read_manifest(build)
     try:
         release = Release(
             channel=channel,
             sequence=1 if sequence is None else sequence,
-            build=manifest["format"],
-            runtime=manifest["runtime"],
+            build=manifest.format,
+            runtime=manifest.runtime,
             files=_files_of(build),
             lineage=walk.root,
             probe=probe,
@@ -207,18 +221,6 @@ def push(
         num_bytes_copied = sum(_store(layout, build, file) for file in release.files)
         _publish(layout, tag, release, sign(release, key))
     return Pushed(release, num_bytes_copied)
-
-
-def _read_build_manifest(build: Path) -> dict[str, str]:
-    path = build / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        return {name: manifest[name] for name in ("format", "runtime")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} names no format and runtime ({type(error).__name__}): "
-            "name a directory that `edge build` made"
-        ) from None
 
 
 def _files_of(build: Path) -> tuple[ReleaseFile, ...]:

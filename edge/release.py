@@ -208,6 +208,20 @@ def open_release(envelope: bytes, public_keys: Sequence[Ed25519PublicKey]) -> Re
     raise VerificationError("the release was altered after it was signed: its signature is wrong")
 
 
+def installed_release(envelope: bytes, digest: str) -> Release:
+    """Return a release that this device verified when it installed it under ``digest``.
+
+    The signature is not asked again, so that a device survives the rotation of its pinned keys.
+
+    Raises:
+        VerificationError: The envelope no longer holds the payload with that sha256.
+    """
+    payload, _ = _split(envelope)
+    if (seen := hashlib.sha256(payload).hexdigest()) != digest:
+        raise VerificationError(f"the installed release {digest} was altered: found {seen}")
+    return parse_release(payload)
+
+
 def _split(envelope: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
     """Take an envelope apart: the payload, and each key id with its signature."""
     if len(envelope) > MAX_ENVELOPE_BYTES:

@@ -7,6 +7,7 @@ the digest in a signed release closes that gap (``expected``).
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -256,3 +257,62 @@ def _check_material(walk: Walk, file: Path, sha256: str) -> None:
     else:
         problem = Problem(walk.label(sha256), str(file), "was changed", sha256, seen)
         walk.problems.append(problem)
+
+
+def describe(walk: Walk) -> list[str]:
+    """Return the walk as indented lines, each artefact above what it was made from.
+
+    Artefacts of one stage in a row (the rounds of a federation) stand under each other, not in
+    each other. Digests are whole, so that they can be searched for.
+    """
+    lines: list[str] = []
+    shown: set[str] = set()
+    waiting = [(0, walk.root)]
+    while waiting:
+        depth, sha256 = waiting.pop()
+        statement = walk.statements.get(sha256)
+        head = f"{'  ' * depth}{_plain(walk.roles[sha256])} {sha256}"
+        if statement is None:
+            lines.append(f"{head}: statement missing or altered")
+        elif sha256 in shown:
+            lines.append(f"{head}: see above")
+        else:
+            shown.add(sha256)
+            lines.append(f"{head} ({_plain(statement.stage)}, {_whereabouts(walk, sha256)})")
+            lines += [f"{'  ' * depth}  . {line}" for line in _details(walk, statement)]
+            for material in reversed([one for one in statement.materials if one.is_statement]):
+                ancestor = walk.statements.get(material.sha256)
+                is_next_round = ancestor is not None and ancestor.stage == statement.stage
+                waiting.append((depth if is_next_round else depth + 1, material.sha256))
+    return lines
+
+
+def _details(walk: Walk, statement: Statement) -> list[str]:
+    lines = [
+        f"{title}: " + ", ".join(f"{_plain(name)}={_short(value)}" for name, value in items.items())
+        for title, items in (
+            ("parameters", statement.parameters),
+            ("metrics", statement.metrics),
+        )
+        if items
+    ]
+    return lines + [
+        f"{_plain(one.name)} {one.sha256} ({_whereabouts(walk, one.sha256)})"
+        for one in statement.materials
+        if not one.is_statement
+    ]
+
+
+def _whereabouts(walk: Walk, sha256: str) -> str:
+    places = walk.rehashed.get(sha256)
+    return f"hashed in {', '.join(map(str, places))}" if places else "known by digest"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _plain(text: str) -> str:
+    """Return text that cannot steer a terminal."""
+    return text if text.isprintable() else repr(text)
