@@ -87,8 +87,8 @@ def verify(path: Path, sources: Sequence[Path] = (), expected: str | None = None
     Args:
         path: An artefact directory, or a link to one (a device's `current`).
         sources: Directories searched, at any depth, for ancestors: a directory that carries an
-            ancestor's statement, a model from elsewhere by its file names, and a file named
-            `<sha256>` or `<sha256>.*` for a material known by digest.
+            ancestor's statement, a model from elsewhere by its file names, and for a material
+            known by digest a file named `<sha256>`, `<sha256>.*` or as the end of its URL.
         expected: sha256 of lineage.json as a signed release gives it.
 
     Returns:
@@ -145,12 +145,14 @@ def _walk_back(walk: Walk) -> None:
     """Read every ancestor's statement from lineage/, each proven by the digest that named it."""
     folder = walk.path / "lineage"
     waiting = [walk.statements[walk.root]]
+    tried = {walk.root}
     has_gap = False
     while waiting:
         for material in waiting.pop(0).materials:
             walk.roles.setdefault(material.sha256, material.name)
-            if not material.is_statement or material.sha256 in walk.statements:
+            if not material.is_statement or material.sha256 in tried:
                 continue
+            tried.add(material.sha256)
             ancestor = _read_ancestor(walk, folder / f"{material.sha256}.json", material.sha256)
             if ancestor is None:
                 has_gap = True
@@ -187,28 +189,29 @@ def _search(walk: Walk, sources: Sequence[Path]) -> None:
     A directory from elsewhere carries no statement, so it is known by its file names; when no
     whole copy of it turns up, the copies that share at least one file are what was changed.
     """
-    digests = {
-        material.sha256
-        for statement in walk.statements.values()
-        for material in statement.materials
-        if not material.is_statement
-    }
+    materials = _material_files(walk)
     suspects: dict[str, list[Problem]] = {}
     for source in sources:
-        found = len(walk.problems), sum(map(len, walk.rehashed.values())), len(suspects)
+        found = _progress(walk, suspects)
         for directory, names in _directories(source, skip=walk.path.resolve()):
             if "lineage.json" in names:
                 _check_descendant(walk, directory)
             else:
                 _check_foreign(walk, directory, suspects)
             for name in names:
-                if (stem := name.split(".", maxsplit=1)[0]) in digests:
-                    _check_material(walk, directory / name, stem)
-        if found == (len(walk.problems), sum(map(len, walk.rehashed.values())), len(suspects)):
+                wanted = materials.get(name) or materials.get(name.split(".", maxsplit=1)[0])
+                if wanted:
+                    _check_material(walk, directory / name, wanted)
+        is_useless = found == _progress(walk, suspects)
+        if is_useless and not walk.problems:  # behind a gap an ancestor cannot be told
             walk.problems.append(Problem("--source", str(source), "holds no ancestor of this one"))
     for sha256, problems in suspects.items():
         if sha256 not in walk.rehashed:
             walk.problems += problems
+
+
+def _progress(walk: Walk, suspects: dict[str, list[Problem]]) -> tuple[int, int, int]:
+    return len(walk.problems), sum(map(len, walk.rehashed.values())), len(suspects)
 
 
 def _directories(source: Path, skip: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -251,12 +254,30 @@ def _check_foreign(walk: Walk, directory: Path, suspects: dict[str, list[Problem
             suspects.setdefault(sha256, []).extend(problems)
 
 
-def _check_material(walk: Walk, file: Path, sha256: str) -> None:
-    if (seen := sha256_of_file(file)) == sha256:
-        walk.rehashed.setdefault(sha256, []).append(file)
+def _material_files(walk: Walk) -> dict[str, set[str]]:
+    """Return the file names under which a material known by digest may lie, with its digests.
+
+    That is the digest itself, and the last part of a URL or path that names the material.
+    """
+    files: dict[str, set[str]] = {}
+    for statement in walk.statements.values():
+        for material in statement.materials:
+            if not material.is_statement:
+                files.setdefault(material.sha256, set()).add(material.sha256)
+                if "/" in material.name:
+                    files.setdefault(material.name.rsplit("/", 1)[1], set()).add(material.sha256)
+    return files
+
+
+def _check_material(walk: Walk, file: Path, wanted: set[str]) -> None:
+    """Hash a file that by its name is one of the ``wanted`` materials."""
+    if (seen := sha256_of_file(file)) in wanted:
+        walk.rehashed.setdefault(seen, []).append(file)
     else:
-        problem = Problem(walk.label(sha256), str(file), "was changed", sha256, seen)
-        walk.problems.append(problem)
+        expected = min(wanted)
+        walk.problems.append(
+            Problem(walk.label(expected), str(file), "was changed", expected, seen)
+        )
 
 
 def describe(walk: Walk) -> list[str]:
@@ -267,23 +288,27 @@ def describe(walk: Walk) -> list[str]:
     """
     lines: list[str] = []
     shown: set[str] = set()
-    waiting = [(0, walk.root)]
+    waiting = [(0, walk.roles.get(walk.root, "artefact"), walk.root)]
     while waiting:
-        depth, sha256 = waiting.pop()
+        depth, role, sha256 = waiting.pop()
+        indent = "  " * depth
         statement = walk.statements.get(sha256)
-        head = f"{'  ' * depth}{_plain(walk.roles[sha256])} {sha256}"
         if statement is None:
-            lines.append(f"{head}: statement missing or altered")
-        elif sha256 in shown:
+            lines.append(f"{indent}{_plain(role)} {sha256}: statement missing or altered")
+            continue
+        server_round = statement.parameters.get("server_round")
+        of_round = "" if server_round is None else f" of round {_short(server_round)}"
+        head = f"{indent}{_plain(role)}{of_round} {sha256}"
+        if sha256 in shown:
             lines.append(f"{head}: see above")
-        else:
-            shown.add(sha256)
-            lines.append(f"{head} ({_plain(statement.stage)}, {_whereabouts(walk, sha256)})")
-            lines += [f"{'  ' * depth}  . {line}" for line in _details(walk, statement)]
-            for material in reversed([one for one in statement.materials if one.is_statement]):
-                ancestor = walk.statements.get(material.sha256)
-                is_next_round = ancestor is not None and ancestor.stage == statement.stage
-                waiting.append((depth if is_next_round else depth + 1, material.sha256))
+            continue
+        shown.add(sha256)
+        lines.append(f"{head} ({_plain(statement.stage)}, {_whereabouts(walk, sha256)})")
+        lines += [f"{indent}  . {line}" for line in _details(walk, statement)]
+        for material in reversed([one for one in statement.materials if one.is_statement]):
+            ancestor = walk.statements.get(material.sha256)
+            is_same_stage = ancestor is not None and ancestor.stage == statement.stage
+            waiting.append((depth + (not is_same_stage), material.name, material.sha256))
     return lines
 
 
