@@ -210,7 +210,7 @@ def _build_trainer(
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="steps" if saves else "no",

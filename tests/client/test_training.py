@@ -1,0 +1,149 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.batches import Example, collate, encode_records
+from client.evaluation import evaluate
+from client.model import add_adapter, load_model, load_tokenizer
+from client.records import read_records
+from client.settings import TrainingSettings
+from client.training import Step, draw, response_cross_entropy, train
+from federation.adapter import initial_adapter
+from tests.conftest import write_records
+
+SETTINGS = TrainingSettings(
+    num_steps=6,
+    batch_size=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    schedule="cosine",
+    max_tokens=64,
+    dtype="float32",
+)
+
+
+@pytest.fixture
+def examples(tiny_model: Path, tmp_path: Path) -> list[Example]:
+    records = read_records(write_records(tmp_path / "data.jsonl", 24))
+    return encode_records(records, load_tokenizer(tiny_model), 64)
+
+
+def adapted(tiny_model: Path) -> torch.nn.Module:
+    adapter = initial_adapter(tiny_model, rank=4, alpha=8.0, targets="all-linear", seed=0)
+    return add_adapter(load_model(tiny_model, "float32"), adapter)
+
+
+def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_loss_is_that_of_transformers_itself(tiny_model: Path, examples: list[Example]) -> None:
+    model = load_model(tiny_model, "float32")
+    batch = collate(examples[:4], pad_id=0)
+    expected = model(**batch).loss
+    torch.testing.assert_close(response_cross_entropy(model, batch), expected)
+
+
+def test_training_learns_and_touches_only_the_factors(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    model = adapted(tiny_model)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = evaluate(model, examples, pad_id=0)
+    settings = SETTINGS.model_copy(update={"num_steps": 30, "batch_size": 4})
+    steps = train(model, draw(examples, 120, seed=0), settings, pad_id=0)
+    after = evaluate(model, examples, pad_id=0)
+    assert after.loss < before.loss - 0.5
+    assert [step.step for step in steps] == list(range(1, 31))
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+        else:
+            assert "lora_" in name
+
+
+def test_accumulation_gives_the_step_of_one_large_batch(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    """Responses of different lengths: the mean must be over tokens, not over forward passes."""
+    rows = [Example(e.input_ids[: 30 + 4 * (i % 3)], e.num_prompt) for i, e in enumerate(examples)]
+    results = []
+    for batch_size, accumulation in ((6, 1), (2, 3)):
+        model = adapted(tiny_model)
+        settings = SETTINGS.model_copy(
+            update={
+                "num_steps": 1,
+                "batch_size": batch_size,
+                "accumulation": accumulation,
+                "warmup_steps": 0,
+                "max_grad_norm": 1e9,
+            }
+        )
+        (step,) = train(model, rows[:6], settings, pad_id=0)
+        results.append((step, trained(model)))
+    (large, large_weights), (small, small_weights) = results
+    assert small.num_tokens == large.num_tokens
+    assert small.loss == pytest.approx(large.loss, rel=1e-5)
+    assert small.grad_norm == pytest.approx(large.grad_norm, rel=1e-4)
+    for name, weight in large_weights.items():
+        torch.testing.assert_close(small_weights[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(
+    tiny_model: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    settings = SETTINGS.model_copy(update={"checkpoint_every": 2})
+    rows = draw(examples, 12, seed=0)
+    whole = adapted(tiny_model)
+    expected = train(whole, rows, settings, pad_id=0)
+
+    class Killed(BaseException):
+        """Stands for a signal: no handler of ours or of the Trainer may swallow it."""
+
+    def kill(step: Step) -> None:
+        if step.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(adapted(tiny_model), rows, settings, pad_id=0, checkpoints=tmp_path, on_step=kill)
+    resumed = adapted(tiny_model)
+    steps = train(resumed, rows, settings, pad_id=0, checkpoints=tmp_path)
+    assert [step.step for step in steps] == [5, 6]
+    assert [step.loss for step in steps] == [step.loss for step in expected[4:]]
+    for name, weight in trained(whole).items():
+        assert torch.equal(trained(resumed)[name], weight), name
+
+
+def test_draw_shows_every_item_once_an_epoch_and_goes_on_where_it_stopped() -> None:
+    items = list(range(10))
+    whole = draw(items, 25, seed=3)
+    assert sorted(whole[:10]) == items
+    assert sorted(whole[10:20]) == items
+    assert whole[:10] != whole[10:20]
+    pieces = [draw(items, 5, seed=3, start=start) for start in range(0, 25, 5)]
+    assert [item for piece in pieces for item in piece] == whole
+    assert draw(items, 10, seed=4) != whole[:10]
+
+
+def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    model = load_model(tiny_model, "float32")
+    rows = [Example(e.input_ids[: 30 + 5 * (i % 4)], e.num_prompt) for i, e in enumerate(examples)]
+    total, correct, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for row in rows:
+            log_probs = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+            for position in range(row.num_prompt, len(row.input_ids)):
+                target = row.input_ids[position]
+                total -= float(log_probs[position - 1, target])
+                correct += int(log_probs[position - 1].argmax()) == target
+                count += 1
+    for batch_size in (1, 5, 24):
+        result = evaluate(model, rows, pad_id=0, batch_size=batch_size)
+        assert result.num_tokens == count
+        assert result.loss == pytest.approx(total / count, rel=1e-5)
+        assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+        assert result.token_accuracy == correct / count
