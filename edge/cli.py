@@ -22,6 +22,84 @@ def edge() -> None:
 
 
 @app.command()
+def build(
+    model: Annotated[Path, typer.Argument(help="A model directory, Llama or Qwen2 family.")],
+    to: Annotated[list[str], typer.Option(help="gguf:q4_k, gguf:q8_0, onnx:int4, … Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Each target becomes a directory in it.")],
+    heldout: Annotated[
+        list[Path] | None, typer.Option(help="JSONL to compare with the source on. Repeatable.")
+    ] = None,
+    heldout_tokens: Annotated[int, typer.Option(help="Response tokens to score.")] = 2000,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Convert a model for devices, and prove each build against its source."""
+    from edge.build import build as build_targets
+    from edge.progress import progress_bars
+
+    with progress_bars() as on_progress:
+        built = build_targets(model, to, out, heldout or [], heldout_tokens, on_progress)
+    print_result(
+        {"builds": [one.as_json() for one in built]},
+        as_json,
+        lambda: print("\n".join(one.as_line() for one in built)),
+    )
+
+
+@app.command()
+def run(
+    build: Annotated[Path, typer.Argument(help="A build directory, for example OUT/gguf-q4_k.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    system: Annotated[str | None, typer.Option(help="Instructions before it.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws above temperature 0.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Ask a build one question; the answer streams to stdout."""
+    from dataclasses import asdict
+
+    from edge.runtime import open_runtime
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    on_text = None if as_json else lambda text: print(text, end="", flush=True)
+    with open_runtime(build, threads) as runtime:
+        answer = runtime.generate(messages, max_tokens, temperature, on_text, seed)
+    print_result(asdict(answer), as_json, print)
+
+
+@app.command()
+def bench(
+    build: Annotated[Path, typer.Argument(help="A build directory, for example OUT/gguf-q4_k.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens generated each time.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Answers measured; medians are shown.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Measure a build on this machine: load, first token, speed, peak memory."""
+    from dataclasses import asdict
+
+    from edge.benchmark import run_benchmark
+
+    figures = run_benchmark(build, prompt_tokens, max_tokens, repeats, threads)
+    print_result(asdict(figures), as_json, lambda: print(figures.as_line()))
+
+
+@app.command()
+def inspect(
+    build: Annotated[Path, typer.Argument(help="A build directory, for example OUT/gguf-q4_k.")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Say what a build directory holds: format, size, tensor types, fidelity, lineage."""
+    from edge.inspection import inspect_build, inspection_lines
+
+    found = inspect_build(build)
+    print_result(found, as_json, lambda: print("\n".join(inspection_lines(found))))
+
+
+@app.command()
 def push(
     build: Annotated[Path, typer.Argument(help="A build directory, for example OUT/gguf-q4_k.")],
     reference: Annotated[str, typer.Argument(metavar="REF", help="DIR:TAG of an OCI layout.")],
