@@ -140,19 +140,23 @@ def agent(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a check.")] = False,
 ) -> None:
     """Keep a device on the newest release: fetch, verify, probe, switch. SIGTERM ends it."""
+    from edge.agent import Outcome
     from edge.device import open_agent, poll_until_terminated
 
     settings, device = open_agent(config, lambda step: print(step, file=sys.stderr))
+
+    def report(outcome: Outcome) -> None:
+        print_result(outcome.as_json(), as_json, lambda: print(outcome, flush=True))
+
     if once:
-        outcome = device.check()
-        print_result(outcome.as_json(), as_json, lambda: print(outcome))
-        return
-    poll_until_terminated(
-        device.check,
-        lambda outcome: print_result(outcome.as_json(), as_json, lambda: print(outcome)),
-        lambda error: print(f"error: {error}", file=sys.stderr),
-        settings.poll_interval_s,
-    )
+        report(device.check())
+    else:
+        poll_until_terminated(
+            device.check,
+            report,
+            lambda error: print(f"error: {error}", file=sys.stderr),
+            settings.poll_interval_s,
+        )
 
 
 @app.command()
@@ -200,12 +204,19 @@ def verify(
     walk, release = verify_installed(
         path, source or [], [read_public_key(one) for one in key or []]
     )
-    result = walk.as_json() | {"release": str(release) if release else None}
-    print_result(result, as_json, lambda: print("\n".join(describe(walk))))
+    lines = describe(walk)
+    if release:
+        signature = "signature holds" if key else "signature not checked, pass --key PUBLIC.PEM"
+        lines.append(f"installed from {release}: {signature}")
+    result = walk.as_json() | {
+        "release": str(release) if release else None,
+        "is_signature_checked": bool(release and key),
+    }
+    print_result(result, as_json, lambda: print("\n".join(lines)))
     for problem in walk.problems:
         print(f"problem: {problem}", file=sys.stderr)
     if walk.problems:
-        raise VerificationError(f"{path} does not hold: {len(walk.problems)} problems, named above")
+        raise VerificationError(f"{path} does not hold; problems named above: {len(walk.problems)}")
 
 
 def main() -> None:

@@ -53,6 +53,6 @@ def run_command(app: Callable[[], Any]) -> None:
 def print_result(result: dict[str, Any], as_json: bool, human: Callable[[], None]) -> None:
     """Print one JSON object on stdout, or let ``human`` print for a person."""
     if as_json:
-        print(json.dumps(result, sort_keys=True))  # noqa: T201
+        print(json.dumps(result, sort_keys=True), flush=True)  # noqa: T201
     else:
         human()

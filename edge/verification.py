@@ -309,6 +309,8 @@ def describe(walk: Walk) -> list[str]:
             ancestor = walk.statements.get(material.sha256)
             is_same_stage = ancestor is not None and ancestor.stage == statement.stage
             waiting.append((depth + (not is_same_stage), material.name, material.sha256))
+    num_hashed = sum(sha256 in walk.rehashed for sha256 in walk.statements)
+    lines.append(f"artefacts: {len(walk.statements)}, of which hashed on disk: {num_hashed}")
     return lines
 
 
