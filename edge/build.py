@@ -4,18 +4,15 @@ A target is made whole under a temporary name, measured with the runtime that wi
 then renamed: what has its name is finished. So a killed build is resumed by the same command.
 """
 
-import fcntl
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from edge.atomic import new_directory, write_atomically
+from edge.atomic import exclusive, new_directory, write_atomically
 from edge.errors import UserError
 from edge.fidelity import (
     SourceReference,
@@ -134,7 +131,7 @@ def build(
     order = _take_order(model, heldout, heldout_tokens)
     finished = {name: _finished(out / _directory(name), order) for name in names}
     built = []
-    with _only_one_build_in(out):
+    with exclusive(out / ".lock"):
         for name in dict.fromkeys(names):
             directory = out / _directory(name)
             kept = finished[name]
@@ -176,7 +173,7 @@ def _take_order(model: Path, heldout: Sequence[Path], heldout_tokens: int) -> Or
 
 
 def _finished(directory: Path, order: Order) -> BuildManifest | None:
-    if not directory.exists():
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return None
     manifest = read_manifest(directory)
     source = order.model
@@ -276,24 +273,6 @@ def _write_lineage(place: Path, manifest: BuildManifest, order: Order) -> None:
         },
         metrics={"bytes": manifest.bytes, "fidelity": manifest.fidelity.model_dump()},
     )
-
-
-@contextmanager
-def _only_one_build_in(out: Path) -> Iterator[None]:
-    """Hold ``out`` for this process; the lock goes with the process, `kill -9` included."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"another `edge build` is writing into {out}: wait for it or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _directory(name: str) -> str:

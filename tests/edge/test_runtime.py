@@ -1,0 +1,199 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edge.build import build
+from edge.errors import UserError
+from edge.llama import Llama, LlamaError
+from edge.manifest import BuildError, read_manifest
+from edge.runtime import Runtime, open_runtime
+from edge.vocabulary import load_tokenizer
+
+QUESTION = [{"role": "user", "content": "The patient's heart on day 345?"}]
+
+
+@pytest.fixture(scope="module", params=["gguf-f16", "onnx-fp32"])
+def runtime(builds: Path, request: pytest.FixtureRequest) -> Runtime:
+    with open_runtime(builds / request.param, threads=1) as opened:
+        yield opened
+
+
+def greedy_tokens_of_torch(model: Path, messages: list[dict[str, str]], count: int) -> list[int]:
+    tokenizer = load_tokenizer(model)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    chosen: list[int] = []
+    with torch.no_grad():
+        while len(chosen) < count:
+            logits = source(torch.tensor([ids + chosen])).logits[0, -1]
+            if int(logits.argmax()) == tokenizer.eos_token_id:
+                break
+            chosen.append(int(logits.argmax()))
+    return chosen
+
+
+def test_greedy_tokens_are_those_of_torch(runtime: Runtime, llama_model: Path) -> None:
+    answer = runtime.generate(QUESTION, 20)
+    assert answer.token_ids == greedy_tokens_of_torch(llama_model, QUESTION, 20)
+    assert answer.num_tokens == len(answer.token_ids) == 20
+    assert answer.finish == "length"
+    assert answer.first_token_ms > 0
+    assert answer.decode_tokens_per_s > 0
+
+
+def test_text_comes_in_pieces_that_make_the_whole(runtime: Runtime, llama_model: Path) -> None:
+    tokenizer = load_tokenizer(llama_model)
+    tokens = runtime.generate(QUESTION, 60).token_ids
+    # As far as the bytes are characters: each decoder repairs others in its own way.
+    texts = [tokenizer.decode(tokens[:count], skip_special_tokens=True) for count in range(61)]
+    count = next((count for count, text in enumerate(texts) if "�" in text), 61) - 1
+    assert count >= 3
+    pieces: list[str] = []
+    answer = runtime.generate(QUESTION, count, on_text=pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces) == answer.text == texts[count]
+
+
+def test_an_earlier_answer_leaves_no_trace(runtime: Runtime) -> None:
+    first = runtime.generate(QUESTION, 10)
+    runtime.generate([{"role": "user", "content": "something else"}], 5)
+    assert runtime.generate(QUESTION, 10).token_ids == first.token_ids
+
+
+def test_draws_depend_on_the_seed_alone(runtime: Runtime) -> None:
+    drawn = {
+        seed: [runtime.generate(QUESTION, 16, 1.5, seed=seed).token_ids for _ in range(2)]
+        for seed in (1, 2)
+    }
+    assert drawn[1][0] == drawn[1][1]
+    assert drawn[2][0] == drawn[2][1]
+    assert drawn[1][0] != drawn[2][0]
+
+
+def test_what_does_not_fit_the_context_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(UserError, match="do not fit the context of 1024"):
+        runtime.generate(QUESTION, 1020)
+    with pytest.raises(UserError, match="max_tokens is 0"):
+        runtime.generate(QUESTION, 0)
+
+
+def test_an_end_of_turn_ends_the_answer(llama_model: Path, tmp_path: Path) -> None:
+    """The output matrix is the embedding table: scale the end token's row up until it wins."""
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(llama_model, tmp_path / "model"))
+    tokens = greedy_tokens_of_torch(model, QUESTION, 6)
+    config = json.loads((model / "config.json").read_text())
+    # The fourth token of the answer becomes the end token, by exchanging two rows.
+    stop = next(i for i, token in enumerate(tokens) if i >= 3 and token not in tokens[:i])
+    weights = load_file(model / "model.safetensors")
+    config["tie_word_embeddings"] = False
+    head = weights["model.embed_tokens.weight"].clone()
+    head[[2, tokens[stop]]] = head[[tokens[stop], 2]]
+    save_file({**weights, "lm_head.weight": head}, model / "model.safetensors")
+    (model / "config.json").write_text(json.dumps(config))
+    build(model, ["gguf:f32"], tmp_path / "out")
+    with open_runtime(tmp_path / "out" / "gguf-f32", threads=1) as runtime:
+        answer = runtime.generate(QUESTION, 20)
+        assert (answer.finish, answer.token_ids) == ("stop", tokens[:stop])
+        assert runtime.generate(QUESTION, 20, ignore_end=True).num_tokens == 20
+
+
+def test_a_runtime_imports_no_torch_and_no_transformers(builds: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from edge.runtime import open_runtime\n"
+        "for name in ('gguf-f16', 'onnx-fp32'):\n"
+        "    with open_runtime(Path(sys.argv[1]) / name) as runtime:\n"
+        "        runtime.generate([{'role': 'user', 'content': 'SECRET'}], 2)\n"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, builds], capture_output=True, text=True, check=False
+    )
+    # Nor does loading or answering write a word.
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def agree(build: Path) -> None:
+    """Let the manifest's size follow a damaged file, so that the runtime itself meets it."""
+    manifest = json.loads((build / "manifest.json").read_text())
+    manifest["bytes"] = sum(path.stat().st_size for path in build.glob("model.gguf"))
+    (build / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_damaged_build_is_one_sentence(gguf_build: Path) -> None:
+    cut(gguf_build / "model.gguf")
+    with pytest.raises(BuildError, match="a file is missing or cut off"):
+        open_runtime(gguf_build)
+    agree(gguf_build)
+    with pytest.raises(BuildError, match=r"model.gguf cannot be loaded by llama.cpp \(.+\)"):
+        open_runtime(gguf_build)
+    (gguf_build / "model.gguf").write_bytes(b"not a model at all")
+    agree(gguf_build)
+    with pytest.raises(BuildError, match="cannot be loaded by llama.cpp"):
+        open_runtime(gguf_build)
+    (gguf_build / "model.gguf").unlink()
+    with pytest.raises(BuildError, match="a file is missing or cut off"):
+        open_runtime(gguf_build)
+
+
+def test_a_damaged_onnx_build_is_one_sentence(builds: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(builds / "onnx-fp32", tmp_path / "copy"))
+    graph = copy / "onnx" / "model.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    with pytest.raises(BuildError, match="cannot be loaded by onnxruntime-genai") as error:
+        open_runtime(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "not JSON"), ("[]", "damaged"), ('{"format": "gguf:f16"}', "damaged")],
+)
+def test_a_damaged_manifest_is_one_sentence(content: str, message: str, gguf_build: Path) -> None:
+    (gguf_build / "manifest.json").write_text(content)
+    with pytest.raises(BuildError, match=message) as error:
+        read_manifest(gguf_build)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_build_is_one_sentence(builds: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="does not exist"):
+        open_runtime(tmp_path / "nothing")
+    with pytest.raises(BuildError, match="OUT/gguf-q4_k, not OUT"):
+        open_runtime(builds)
+
+
+def test_llama_refuses_what_outgrows_its_context(builds: Path) -> None:
+    with (
+        Llama(builds / "gguf-f16" / "model.gguf", context_tokens=256, threads=1) as llama,
+        pytest.raises(LlamaError, match="257 tokens do not fit the context of 256"),
+    ):
+        list(llama.decode([5] * 257, [0]))
+
+
+@pytest.mark.slow
+def test_smollm2_in_float16_answers_as_torch_does(tmp_path: Path) -> None:
+    fetched = Path(__file__).parents[2] / "demo" / "models" / "base"
+    model = Path(os.environ.get("FEDGE_SMOLLM2", fetched))
+    if not (model / "config.json").is_file():
+        pytest.skip("set FEDGE_SMOLLM2 or run examples/four_institutions/fetch.py first")
+    (built,) = build(model, ["gguf:f16"], tmp_path)
+    assert built.manifest.fidelity.kl < 1e-4
+    with open_runtime(built.directory) as runtime:
+        for text in ("What is the capital of France?", "Explain why the sky is blue."):
+            messages = [{"role": "user", "content": text}]
+            answer = runtime.generate(messages, 20)
+            assert answer.token_ids == greedy_tokens_of_torch(model, messages, 20)
