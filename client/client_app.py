@@ -14,14 +14,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from client.settings import TrainingSettings
 from federation.adapter import Adapter, read_from_model, write_into_model
 from federation.base_model import ModelError, model_digest
 from federation.errors import FedgeError
-from federation.server_app import ADAPTER, RESULT, ROUND, TRAINING
+from federation.server_app import ADAPTER, RESULT, ROUND, SITE, TRAINING
 
 app = ClientApp()
 
@@ -52,7 +61,7 @@ def _train(message: Message, context: Context) -> Message:
     from federation.wire import encode, open_update
 
     started = time.perf_counter()
-    base_model, data = _site(context)
+    base_model, data, name = _site(context)
     settings = load_settings(
         TrainingSettings, dict(message.content[TRAINING]), "the run's training settings"
     )
@@ -88,18 +97,21 @@ def _train(message: Message, context: Context) -> Message:
         }
     )
     arrays = ArrayRecord({ADAPTER: Array(np.frombuffer(update, dtype=np.uint8))})
-    return Message(RecordDict({ADAPTER: arrays, RESULT: result}), reply_to=message)
+    content = RecordDict({ADAPTER: arrays, RESULT: result, SITE: ConfigRecord({"name": name})})
+    return Message(content, reply_to=message)
 
 
-def _site(context: Context) -> tuple[Path, Path]:
-    """Return base model and training data of this site.
+def _site(context: Context) -> tuple[Path, Path, str]:
+    """Return base model, training data and name of this site.
 
-    A real site names both itself (`flower-supernode --node-config 'base_model="…" data="…"'`); in
-    simulation the run names a directory with one folder a site, taken in the order of their names.
+    A real site says all three itself (`flower-supernode --node-config 'base_model="…" data="…"
+    name="…"'`), and its name only if it wants to. In simulation the run names a directory with one
+    folder a site, taken in the order of their names.
     """
     node, run = context.node_config, context.run_config
     if "data" in node:
-        return Path(str(node.get("base_model", run["base_model"]))), Path(str(node["data"]))
+        base_model = Path(str(node.get("base_model", run["base_model"])))
+        return base_model, Path(str(node["data"])), str(node.get("name", ""))
     root = Path(str(run.get("simulated_sites", "")))
     if not str(run.get("simulated_sites", "")) or not root.is_dir():
         raise ModelError(
@@ -113,7 +125,8 @@ def _site(context: Context) -> tuple[Path, Path]:
             f"{root} holds {len(folders)} sites, the simulation has one more: pass "
             f"--federation-config 'num-supernodes={len(folders)}'"
         )
-    return Path(str(run["base_model"])), folders[index] / "train.jsonl"
+    folder = folders[index]
+    return Path(str(run["base_model"])), folder / "train.jsonl", folder.name
 
 
 def _layout(adapter: Adapter) -> tuple[Any, ...]:

@@ -41,6 +41,8 @@ class UpdateReceived:
 
     server_round: int
     site: str
+    name: str
+    """What the site calls itself; empty when it does not say."""
     sha256: str
     num_bytes: int
     num_examples: int

@@ -54,6 +54,8 @@ class Reply:
     site: str
     update: bytes | None
     error: str | None = None
+    name: str = ""
+    """What the site calls itself, for people; ``site`` is who it is."""
     num_examples: int = 0
     train_loss: float = 0.0
     seconds: float = 0.0
@@ -199,6 +201,7 @@ def _received_event(server_round: int, item: _Received) -> events.UpdateReceived
     return events.UpdateReceived(
         server_round=server_round,
         site=item.reply.site,
+        name=item.reply.name,
         sha256=item.update.sha256,
         num_bytes=item.update.num_bytes,
         num_examples=item.reply.num_examples,
@@ -288,18 +291,22 @@ def _describe(
         building,
         stage="federate",
         directories=ancestors,
-        digests={f"update of site {item.reply.site}": item.update.sha256 for item in by_site},
+        digests={f"update of site {_label(item.reply)}": item.update.sha256 for item in by_site},
         parameters={
             "server_round": server_round,
             "aggregation": run.settings.aggregation,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
             "base_model_digest": run.base_model_digest,
-            "num_examples": {item.reply.site: item.reply.num_examples for item in by_site},
+            "num_examples": {_label(item.reply): item.reply.num_examples for item in by_site},
             "training": dict(run.settings.training),
         },
         metrics={"train_loss": loss, "aggregation_error": error},
     )
+
+
+def _label(reply: Reply) -> str:
+    return f"{reply.name} ({reply.site})" if reply.name else reply.site
 
 
 def _switch_link(link: Path, target: str) -> None:

@@ -18,7 +18,7 @@ from federation.settings import FederationSettings, load_settings
 
 app = ServerApp()
 
-ADAPTER, TRAINING, ROUND, RESULT = "adapter", "training", "round", "result"
+ADAPTER, TRAINING, ROUND, RESULT, SITE = "adapter", "training", "round", "result", "site"
 """Names of the records in a message; client.client_app uses the same."""
 
 
@@ -99,9 +99,15 @@ def _to_reply(site: str, message: Message) -> Reply:
             num_examples=int(result["num-examples"]),
             train_loss=float(result["train_loss"]),
             seconds=float(result["seconds"]),
+            name=_printable(str(message.content[SITE]["name"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         return Reply(site, None, f"the reply is not an update ({type(error).__name__})")
+
+
+def _printable(name: str) -> str:
+    """Return a site's name for itself as what may stand in a log: short, and no control codes."""
+    return "".join(letter for letter in name[:64] if letter.isalnum() or letter in "-_. ")
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:

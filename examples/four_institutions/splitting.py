@@ -33,17 +33,21 @@ class Record(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How many records of one site to keep, at most in training and exactly in held-out."""
+    """How many records of one kind to keep: exactly in held-out, at most in the other two."""
 
     num_train: int
     num_heldout: int
+    num_public: int = 0
 
 
 class Split(NamedTuple):
-    """The records of one site, none of them held out and nearly repeated in any site's training."""
+    """The records of one kind; none that is held out is nearly repeated in train or public."""
 
     train: list[Record]
+    """A site's private text."""
     heldout: list[Record]
+    public: list[Record]
+    """No site's: text of the same kind that a student may be distilled on."""
 
 
 class SplitError(ValueError):
@@ -143,8 +147,8 @@ def split(
     """Return training and held-out records for every site, the same for the same arguments.
 
     Held-out records are a random draw of each site's distinct records, none nearly repeating
-    another. Training takes the records that follow, unless they nearly repeat a held-out record
-    of any site.
+    another. Training takes the records that follow, then public, unless they nearly
+    repeat a held-out record of any site.
 
     Args:
         pools: All records of each site, in any order.
@@ -164,10 +168,11 @@ def split(
                 f"{site} has {len(heldout[site])} distinct records, and its held-out split "
                 f"needs {sizes[site].num_heldout}"
             )
-    return {
-        site: Split(_draw_train(shuffled[site], sizes[site].num_train, all_heldout), heldout[site])
-        for site in pools
-    }
+    splits = {}
+    for site, size in sizes.items():
+        both = _draw_rest(shuffled[site], size.num_train + size.num_public, all_heldout)
+        splits[site] = Split(both[: size.num_train], heldout[site], both[size.num_train :])
+    return splits
 
 
 def _shuffled(records: Sequence[Record], seed: str) -> list[Record]:
@@ -189,11 +194,11 @@ def _draw_heldout(
     return drawn
 
 
-def _draw_train(candidates: Sequence[Record], number: int, heldout: NearDuplicates) -> list[Record]:
-    train: list[Record] = []
+def _draw_rest(candidates: Sequence[Record], number: int, heldout: NearDuplicates) -> list[Record]:
+    drawn: list[Record] = []
     for record in candidates:
-        if len(train) == number:
+        if len(drawn) == number:
             break
         if record not in heldout:  # a held-out record nearly repeats itself, so it stays out too
-            train.append(record)
-    return train
+            drawn.append(record)
+    return drawn

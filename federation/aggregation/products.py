@@ -154,5 +154,8 @@ def _propped_up(gauge_RR: Tensor) -> Tensor:
     import torch
 
     x, s, yh = torch.linalg.svd(gauge_RR, full_matrices=False)
-    largest = s[:1] if len(s) and s[0] > 0 else torch.ones_like(s[:1])
-    return (x * s.clamp_min(largest / _MAX_GAUGE_CONDITION if len(s) else 0.0)) @ yh
+    if not len(s):
+        return gauge_RR
+    largest = float(s[0]) or 1.0
+    propped_RR: Tensor = (x * s.clamp_min(largest / _MAX_GAUGE_CONDITION)) @ yh
+    return propped_RR

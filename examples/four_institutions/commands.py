@@ -1,0 +1,196 @@
+"""Runs the demo's commands as a user would type them: printed, timed, watched, and resumable.
+
+A command whose output is complete is not run again, so a demo that was killed goes on where it
+stopped; what it cost the first time is kept in `commands.jsonl`. Two lanes of one thread each use
+two cores better than one lane of two threads: small matrices spend a second thread on waiting.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from federation.errors import FedgeError
+
+ENVIRONMENT = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class CommandError(FedgeError):
+    """A command of the demo failed; its own message is above."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one command cost, and the JSON object it printed (empty when it prints none)."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    """Largest resident set of any process it started."""
+    elapsed_s: float
+    """Wall time of the demo when it was done, over all the times the demo was started."""
+    output: dict[str, Any]
+
+
+class Commands:
+    """Runs commands in the repository's environment and remembers those that are done."""
+
+    def __init__(self, record: Path, console: Console) -> None:
+        """Keep what is done in ``record`` (JSONL), and print commands to ``console``."""
+        self.record = record
+        self.console = console
+        self.finished: dict[str, Finished] = {}
+        if record.is_file():
+            for line in record.read_text().split("\n")[:-1]:
+                done = Finished(**json.loads(line))
+                self.finished[done.name] = done
+        self._lock = threading.Lock()
+        self._started = time.monotonic() - self.elapsed_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Wall time spent when the last command was done; time lost to a kill is not in it."""
+        return max((done.elapsed_s for done in self.finished.values()), default=0.0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest resident set of any process of any command."""
+        return max((done.peak_bytes for done in self.finished.values()), default=0)
+
+    def run(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        streams: bool = False,
+    ) -> Finished:
+        """Run one command, unless it is done; print it as a user would type it.
+
+        Args:
+            name: What it is called in the record.
+            command: Program and arguments.
+            threads: OpenMP threads it may use; default: all cores.
+            environment: Further variables; they are printed before the command.
+            streams: Its standard output is for the reader, not one JSON object.
+
+        Raises:
+            CommandError: It ended with another code than 0.
+        """
+        extra = dict(environment or {})
+        typed = " ".join(
+            [*(f"{k}={shlex.quote(v)}" for k, v in extra.items()), shlex.join(command)]
+        )
+        self.console.print(f"[bold cyan]$[/bold cyan] {typed}", highlight=False, soft_wrap=True)
+        if name in self.finished:
+            self.console.print("  [dim]done before[/dim]")
+            return self.finished[name]
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            stdout=None if streams else subprocess.PIPE,
+            env=environment(extra | {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}),
+            text=True,
+        )
+        with PeakMemory(process.pid) as peak:
+            output, _ = process.communicate()
+        if process.returncode:
+            raise CommandError(f"exit code {process.returncode} of: {typed}")
+        done = Finished(
+            name,
+            round(time.monotonic() - started, 1),
+            peak.num_bytes,
+            round(time.monotonic() - self._started, 1),
+            json.loads(output) if output and output.lstrip().startswith("{") else {},
+        )
+        self.console.print(f"  [dim]{name}: {done.seconds:.0f} s[/dim]")
+        self.remember(done)
+        return done
+
+    def run_in_lanes(self, commands: Mapping[str, Sequence[str]]) -> dict[str, Finished]:
+        """Run independent commands two at a time, each with half of the cores."""
+        threads = max(1, (os.cpu_count() or 2) // 2)
+        with ThreadPoolExecutor(max_workers=2) as lanes:
+            futures = {
+                name: lanes.submit(self.run, name, command, threads=threads)
+                for name, command in commands.items()
+            }
+            return {name: future.result() for name, future in futures.items()}
+
+    def remember(self, done: Finished) -> None:
+        """Note that a command is done, on disk before this returns."""
+        with self._lock:
+            self.finished[done.name] = done
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            with self.record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(done)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a command: nothing calls home, and our own programs are found."""
+    here = str(Path(sys.executable).parent)
+    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **ENVIRONMENT, **extra, "PATH": path}
+
+
+class PeakMemory:
+    """Watches a process and its descendants; afterwards holds the largest resident set of one."""
+
+    def __init__(self, pid: int) -> None:
+        """Watch the tree below ``pid``."""
+        self.num_bytes = 0
+        self._root = psutil.Process(pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.5):
+            try:
+                tree = [self._root, *self._root.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            for process in tree:
+                self.num_bytes = max(self.num_bytes, _high_water_mark(process.pid))
+
+
+def _high_water_mark(pid: int) -> int:
+    """Return the peak resident set of a process in bytes: VmHWM, which the kernel keeps exactly."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
