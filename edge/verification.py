@@ -88,7 +88,7 @@ def verify(path: Path, sources: Sequence[Path] = (), expected: str | None = None
         path: An artefact directory, or a link to one (a device's `current`).
         sources: Directories searched, at any depth, for ancestors: a directory that carries an
             ancestor's statement, a model from elsewhere by its file names, and for a material
-            known by digest a file named `<sha256>`, `<sha256>.*` or as the end of its URL.
+            known by digest a file named `<sha256>` or `<sha256>.*`, or the wheel of its name.
         expected: sha256 of lineage.json as a signed release gives it.
 
     Returns:
@@ -199,8 +199,7 @@ def _search(walk: Walk, sources: Sequence[Path]) -> None:
             else:
                 _check_foreign(walk, directory, suspects)
             for name in names:
-                wanted = materials.get(name) or materials.get(name.split(".", maxsplit=1)[0])
-                if wanted:
+                if wanted := materials.get(_material_key(name)):
                     _check_material(walk, directory / name, wanted)
         is_useless = found == _progress(walk, suspects)
         if is_useless and not walk.problems:  # behind a gap an ancestor cannot be told
@@ -255,18 +254,26 @@ def _check_foreign(walk: Walk, directory: Path, suspects: dict[str, list[Problem
 
 
 def _material_files(walk: Walk) -> dict[str, set[str]]:
-    """Return the file names under which a material known by digest may lie, with its digests.
-
-    That is the digest itself, and the last part of a URL or path that names the material.
-    """
+    """Return the digests of the materials known by digest, by ``_material_key``."""
     files: dict[str, set[str]] = {}
     for statement in walk.statements.values():
         for material in statement.materials:
             if not material.is_statement:
                 files.setdefault(material.sha256, set()).add(material.sha256)
-                if "/" in material.name:
-                    files.setdefault(material.name.rsplit("/", 1)[1], set()).add(material.sha256)
+                if material.name.startswith("pkg:"):
+                    files.setdefault(material.name, set()).add(material.sha256)
     return files
+
+
+def _material_key(file_name: str) -> str:
+    """Return what a material in a file of this name is called: its package URL, or its digest.
+
+    https://github.com/package-url/purl-spec has `pkg:pypi/NAME@VERSION` for a wheel from PyPI.
+    """
+    if file_name.endswith(".whl") and file_name.count("-") >= 4:
+        name, version, _ = file_name.split("-", maxsplit=2)
+        return f"pkg:pypi/{name.replace('_', '-').lower()}@{version}"
+    return file_name.split(".", maxsplit=1)[0]
 
 
 def _check_material(walk: Walk, file: Path, wanted: set[str]) -> None:

@@ -90,7 +90,7 @@ def write_chain(root: Path, num_rounds: int = 3) -> Chain:
         base_model,
         stage="fetch",
         directories={},
-        digests={f"https://packages/{wheel.name}": hashlib.sha256(wheel.read_bytes()).hexdigest()},
+        digests={"pkg:pypi/small-model@1.0": hashlib.sha256(wheel.read_bytes()).hexdigest()},
         parameters={},
         metrics={},
     )
