@@ -14,9 +14,10 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = (
-    "fever ache cough heart lung liver bone skin red blue small large left right cold warm"
-).split()  # noqa: SIM905
+WORDS = [
+    *("fever", "ache", "cough", "heart", "lung", "liver", "bone", "skin"),
+    *("red", "blue", "small", "large", "left", "right", "cold", "warm"),
+]
 
 
 def write_records(path: Path, count: int, *, topic: str = "sign", start: int = 0) -> Path:

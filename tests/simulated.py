@@ -71,3 +71,44 @@ def drift(seed: int) -> Callable[[Adapter], Adapter]:
         )
 
     return move
+
+
+class LocalGrid:
+    """Flower's grid in this process: a message pushed is answered by the real ClientApp.
+
+    Args:
+        node_configs: One a site, as `flower-supernode --node-config` would give it.
+        run_config: As `flwr run -c` would give it.
+    """
+
+    def __init__(
+        self, node_configs: Sequence[dict[str, object]], run_config: dict[str, object]
+    ) -> None:
+        from flwr.app import Context, RecordDict
+        from flwr.supercore.task_identity import TaskIdentity
+
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.contexts = {
+            100 + index: Context(1, 100 + index, dict(config), RecordDict(), dict(run_config))
+            for index, config in enumerate(node_configs)
+        }
+        self.server_context = Context(1, 1, {}, RecordDict(), dict(run_config))
+        self._replies: dict[str, object] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def push_messages(self, messages: Sequence[object]) -> list[str]:
+        from client.client_app import app
+
+        ids = []
+        for message in messages:
+            number = f"message-{len(self._replies)}-{len(ids)}"
+            message.metadata.__dict__["_message_id"] = number  # as a SuperLink would
+            ids.append(message.metadata.message_id)
+            context = self.contexts[message.metadata.dst_node_id]
+            self._replies[ids[-1]] = app(message, context)
+        return ids
+
+    def pull_messages(self, message_ids: Sequence[str]) -> list[object]:
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]

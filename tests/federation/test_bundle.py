@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> set[str]:
-    """The names in the bundle that `flwr build` makes of this project with secrets planted in it."""
+    """The names in the bundle that `flwr build` makes of this project, secrets planted in it."""
     project = tmp_path / "project"
     skipped = shutil.ignore_patterns(
         ".git", ".venv", "demo", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build"

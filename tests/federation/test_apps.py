@@ -1,0 +1,162 @@
+"""The two Flower apps against each other: real messages, real training, no network."""
+
+from pathlib import Path
+
+import pytest
+
+from client.batches import encode_records
+from client.evaluation import evaluate
+from client.model import add_adapter, load_model, load_tokenizer
+from client.records import read_records
+from federation import server_app
+from federation.adapter import read_adapter
+from federation.events import SiteFailed, UpdateReceived, read_events
+from federation.status import summarise
+from tests.conftest import write_records, write_tiny_model
+from tests.simulated import LocalGrid
+
+
+@pytest.fixture
+def run_config(tiny_model: Path, tmp_path: Path) -> dict[str, object]:
+    for index, name in enumerate(("bank", "clinic")):
+        write_records(tmp_path / "sites" / name / "train.jsonl", 20 + 20 * index, topic=name)
+    return {
+        "base_model": str(tiny_model),
+        "out": str(tmp_path / "run"),
+        "simulated_sites": str(tmp_path / "sites"),
+        "num_rounds": 3,
+        "num_sites": 2,
+        "adapter.rank": 4,
+        "training.num_steps": 6,
+        "training.batch_size": 4,
+        "training.learning_rate": 0.01,
+        "training.max_tokens": 64,
+        "training.dtype": "float32",
+    }
+
+
+def partitions(count: int) -> list[dict[str, object]]:
+    return [{"partition-id": index, "num-partitions": count} for index in range(count)]
+
+
+def loss(model_directory: Path, data: Path, adapter: Path | None) -> float:
+    examples = encode_records(read_records(data), load_tokenizer(model_directory), 64)
+    model = load_model(model_directory, "float32")
+    if adapter:
+        model = add_adapter(model, read_adapter(adapter)).eval()
+    return evaluate(model, examples, pad_id=0).loss
+
+
+def test_a_run_through_both_apps_learns_from_both_sites(
+    run_config: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    grid = LocalGrid(partitions(2), run_config)
+    server_app.main(grid, grid.server_context)
+    events = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    updates = [event for event in events if isinstance(event, UpdateReceived)]
+    assert sorted({u.name: u.num_examples for u in updates}.items()) == [
+        ("bank", 20),
+        ("clinic", 40),
+    ]
+    assert summarise(tmp_path / "run" / "events.jsonl")["rounds_done"] == 3
+    for name in ("bank", "clinic"):
+        data = tmp_path / "sites" / name / "train.jsonl"
+        before = loss(tiny_model, data, None)
+        after = loss(tiny_model, data, tmp_path / "run" / "adapter")
+        assert after < before - 0.3
+
+
+def test_a_real_site_says_itself_where_its_data_and_model_are(
+    run_config: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    own = [
+        {"data": str(tmp_path / "sites" / name / "train.jsonl"), "base_model": str(tiny_model)}
+        for name in ("bank", "clinic")
+    ]
+    grid = LocalGrid(own, run_config | {"simulated_sites": "", "num_rounds": 1})
+    server_app.main(grid, grid.server_context)
+    updates = [
+        e
+        for _, e in read_events(tmp_path / "run" / "events.jsonl")
+        if isinstance(e, UpdateReceived)
+    ]
+    assert [u.name for u in updates] == ["", ""], "a site that gives no name has none"
+
+
+def test_a_site_with_another_base_model_is_left_out_by_name(
+    run_config: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    nodes = [
+        {"data": str(tmp_path / "sites" / "bank" / "train.jsonl"), "base_model": str(model)}
+        for model in (tiny_model, other)
+    ]
+    grid = LocalGrid(nodes, run_config | {"num_rounds": 1})
+    server_app.main(grid, grid.server_context)
+    (failed,) = [
+        e for _, e in read_events(tmp_path / "run" / "events.jsonl") if isinstance(e, SiteFailed)
+    ]
+    assert "this site holds" in failed.reason
+    assert "install the run's base model" in failed.reason
+
+
+def test_no_text_leaves_a_site_whose_data_is_bad(
+    run_config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "sites" / "bank" / "train.jsonl"
+    bad.write_text('{"prompt": "Mrs Jones", "response": "fever"}\nMrs Jones has a fever\n')
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    server_app.main(grid, grid.server_context)
+    log = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "train.jsonl:2: not JSON" in log
+    captured = capsys.readouterr()
+    assert "Jones" not in log + captured.out + captured.err
+
+
+def test_an_unexpected_failure_leaves_as_its_type_alone(
+    run_config: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from client import training
+
+    secret = "senoJ srM"[::-1]  # a traceback quotes source lines: it must not stand in one
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(f"while reading: {secret}")
+
+    monkeypatch.setattr(training, "train", broken)
+    grid = LocalGrid(partitions(2), run_config)
+    with pytest.raises(SystemExit) as end:
+        server_app.main(grid, grid.server_context)
+    assert end.value.code == 1
+    log = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "the site failed with RuntimeError" in log
+    captured = capsys.readouterr()
+    assert "Jones" not in log + captured.out + captured.err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"base_model": ""}, "base_model is empty"),
+        ({"base_model": "/nowhere"}, "/nowhere does not exist"),
+        ({"num_rounds": 0}, "'num_rounds' is 0"),
+        ({"training.epochs": 3}, "unknown setting 'epochs'"),
+        ({"simulated_sites": ""}, "this site names no data"),
+    ],
+)
+def test_bad_settings_end_the_run_in_one_sentence_without_a_model(
+    run_config: dict[str, object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    sentence: str,
+) -> None:
+    grid = LocalGrid(partitions(2), run_config | change)
+    with pytest.raises(SystemExit):
+        server_app.main(grid, grid.server_context)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
