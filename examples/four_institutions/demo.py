@@ -173,7 +173,7 @@ class Demo:
                 {
                     "format": one["format"],
                     "bytes": one["bytes"],
-                    "kl": one["kl"],
+                    "kl": one["fidelity"]["kl"],
                     "first_token_ms": bench["first_token_ms"],
                     "decode_tokens_per_s": bench["decode_tokens_per_s"],
                     "peak_bytes": bench["peak_bytes"],
@@ -203,7 +203,17 @@ class Demo:
             ["edge", "run", str(current), "--prompt", QUESTION, "--max-tokens", "48", "--json"],
         )
         verified = self.commands.run(
-            "verify", ["edge", "verify", str(current), "--source", str(self.out), "--json"]
+            "verify",
+            [
+                "edge",
+                "verify",
+                str(current),
+                "--source",
+                str(self.out),
+                "--key",
+                str(keys / "public.pem"),
+                "--json",
+            ],
         )
         return {
             "digest": current.resolve().name,
