@@ -95,6 +95,8 @@ def new_adapter(model: Any, *, rank: int, alpha: float, target_modules: Sequence
     with warnings.catch_warnings():
         # peft looks the base model up on a hub to compare vocabularies; ours is a directory.
         warnings.filterwarnings("ignore", message="Could not find a config file")
+        # peft 0.21 asks transformers 5.23 for an attribute that was renamed there.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return get_peft_model(model, config)
 
 
