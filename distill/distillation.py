@@ -1,8 +1,8 @@
 """A teacher into a student: read, cut, train, compare, write.
 
-Everything that the user can get wrong is checked before torch is loaded. A run keeps its
-checkpoints in `.<out>.work` beside its output; the same command after a kill continues from there
-and ends with the same weights. The output directory appears whole, at the very end.
+Everything that the user can get wrong is checked before torch is loaded. A killed run keeps its
+checkpoints beside its output (`distill.work`); the same command continues from there and ends with
+the same weights. The output directory appears whole, at the very end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ from client.cleaning import clean, content_digest
 from client.records import DataError, Record, read_records
 from distill.settings import DistillationSettings
 from distill.student import Plan, describe, plan_student
+from distill.work import Work
 from federation.atomic import new_directory, refuse_existing, write_atomically
 from federation.base_model import ModelError, model_digest
-from federation.errors import UserError
 from federation.lineage import sha256_of_file, write_lineage
 from federation.progress import progress_bar
 
@@ -64,9 +64,9 @@ def distil(inputs: Inputs, settings: DistillationSettings) -> dict[str, Any]:
     plan = plan_student(inputs.student, inputs.teacher)
     _check_adapter(inputs.adapter)
     training, heldout = read_splits(inputs.data, inputs.heldout, settings.heldout_records)
-    work = inputs.out.with_name(f".{inputs.out.name}.work")
-    identity = _identity(inputs, plan, settings)
-    _check_same_run(work, identity)
+    digests = _digests(inputs, plan)
+    parameters = {"shape": describe(plan.student), **settings.model_dump()}
+    work = Work(inputs.out, {**digests, **parameters})
 
     from client.model import load_model, load_tokenizer, merged_model, padding_id
 
@@ -79,7 +79,7 @@ def distil(inputs: Inputs, settings: DistillationSettings) -> dict[str, Any]:
         if inputs.adapter
         else load_model(inputs.teacher, dtype)
     )
-    write_atomically(work / "run.json", json.dumps(identity, indent=2))
+    work.begin()
     report, student = _teach(
         teacher,
         plan,
@@ -89,8 +89,8 @@ def distil(inputs: Inputs, settings: DistillationSettings) -> dict[str, Any]:
         pad_id=padding_id(tokenizer),
         work=work,
     )
-    _write(inputs, student, report, identity)
-    shutil.rmtree(work)
+    _write(inputs, student, report, digests, parameters)
+    work.remove()
     return report
 
 
@@ -160,7 +160,7 @@ def _teach(
     settings: DistillationSettings,
     *,
     pad_id: int,
-    work: Path,
+    work: Work,
 ) -> tuple[dict[str, Any], PreTrainedModel]:
     """Cut, train and compare; return the report and the student in the dtype it is saved in."""
     import torch
@@ -179,12 +179,10 @@ def _teach(
         start = held_out.compare(student)
         advance(f"held-out KL {start.kl:.2f}")
     count = options.num_steps * options.accumulation * options.batch_size
-    steps_file = work / "steps.jsonl"
     with progress_bar("distilling", options.num_steps) as advance:
 
         def record(step: Step) -> None:
-            with steps_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(step)) + "\n")
+            work.record(step)
             advance(f"loss {step.loss:.3f}")
 
         train(
@@ -200,11 +198,11 @@ def _teach(
                 cross_entropy_weight=settings.cross_entropy_weight,
                 dtype=dtype,
             ),
-            checkpoints=work / "checkpoints",
+            checkpoints=work.checkpoints,
             on_step=record,
         )
     student = student.to(dtype)
-    report = _report(plan, start, held_out.compare(student), _read_steps(steps_file))
+    report = _report(plan, start, held_out.compare(student), work.steps())
     return report, student
 
 
@@ -263,23 +261,12 @@ def _report(
     }
 
 
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    """Return every step once: those after the last checkpoint of a killed run were done twice.
-
-    A kill may leave half a line; the step on it was done again.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        steps[step["step"]] = step
-    return [steps[number] for number in sorted(steps)]
-
-
 def _write(
-    inputs: Inputs, student: PreTrainedModel, report: dict[str, Any], identity: dict[str, Any]
+    inputs: Inputs,
+    student: PreTrainedModel,
+    report: dict[str, Any],
+    digests: dict[str, str],
+    parameters: dict[str, Any],
 ) -> None:
     from distill.report import render
 
@@ -297,14 +284,14 @@ def _write(
             building,
             stage="distill",
             directories=directories,
-            digests=identity["digests"],
-            parameters=identity["parameters"],
+            digests=digests,
+            parameters=parameters,
             metrics={name: report[name] for name in ("teacher", "start", "end", "tokens", "steps")},
         )
 
 
-def _identity(inputs: Inputs, plan: Plan, settings: DistillationSettings) -> dict[str, Any]:
-    """Return what decides the result: two runs with equal identities make the same student."""
+def _digests(inputs: Inputs, plan: Plan) -> dict[str, str]:
+    """Return the sha256 of everything that is read, by role."""
     digests = {"teacher_weights": model_digest(inputs.teacher)}
     if plan.directory is not None:
         digests["student_weights"] = model_digest(plan.directory)
@@ -313,10 +300,7 @@ def _identity(inputs: Inputs, plan: Plan, settings: DistillationSettings) -> dic
     for role, paths in (("data", inputs.data), ("heldout", inputs.heldout)):
         for number, path in enumerate(paths, start=1):
             digests[f"{role}_{number}"] = sha256_of_file(path)
-    return {
-        "digests": digests,
-        "parameters": {"shape": describe(plan.student), **settings.model_dump()},
-    }
+    return digests
 
 
 def _check_adapter(adapter: Path | None) -> None:
@@ -324,23 +308,3 @@ def _check_adapter(adapter: Path | None) -> None:
         raise ModelError(
             f"{adapter / ADAPTER_WEIGHTS} is missing: pass a PEFT adapter directory with --adapter"
         )
-
-
-def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue an interrupted run as another one."""
-    path = work / "run.json"
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before == json.loads(json.dumps(identity)):
-        return
-    changed = [
-        name
-        for part in ("digests", "parameters")
-        for name in sorted(before[part].keys() | identity[part].keys())
-        if before[part].get(name) != json.loads(json.dumps(identity[part])).get(name)
-    ]
-    raise UserError(
-        f"{work} holds an interrupted run with other {', '.join(changed)}: repeat its command to "
-        "continue it, or remove that directory"
-    )

@@ -5,8 +5,8 @@ memory. Here a chunk of tokens at a time is projected, compared and turned into 
 *forward* pass, and dropped; the backward pass only hands the gradients on. Each projection is done
 once, where a checkpointed loss does it twice.
 
-Shape letters: N learned positions, C positions of a chunk, V vocabulary, D student's hidden, E
-teacher's hidden.
+Shape letters: N learned positions, R most positions of a chunk, C positions of this one, V
+vocabulary, D student's hidden, E teacher's hidden.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from client.training import decoder_of, learned_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 20 << 20
 """Logits of one model held at a time. Smaller costs CPU time: the head's gradient is swept once a
 chunk (`benchmarks/distillation_loss.py`)."""
-CACHED_BYTES = 2 << 20
+CACHED_BYTES = 1 << 20
 """On a CPU the elementwise work is done on rows that stay in its cache."""
 VOCABULARY_TILE = 16384
 """Rows of the head's gradient that a half-precision product is made for at a time."""
@@ -112,6 +112,7 @@ def distillation_loss(
     if len(targets_N) == 0:
         raise ValueError("no learned position in this batch")
     rows = max(1, chunk_bytes // (4 * len(student_head_VD)))
+    rows -= rows % 16 if rows > 16 else 0  # matrix kernels like whole tiles
     loss: Tensor = _GradientsInForward.apply(  # type: ignore[no-untyped-call]
         student_ND,
         student_head_VD,
@@ -145,22 +146,25 @@ class _GradientsInForward(torch.autograd.Function):
         teacher_head_VE = teacher_head_VE.to(teacher_NE.dtype)
         grad_ND = torch.empty_like(student_ND)
         grad_head_VD = torch.zeros_like(head_VD, dtype=wide)
-        total = torch.zeros((), dtype=torch.float64)
+        # Made once: fresh ones for every chunk would be mapped and cleared by the system each time.
+        logits_RV, teacher_RV = (
+            head_VD.new_empty(min(rows, len(targets_N)), len(head_VD), dtype=wide) for _ in range(2)
+        )
+        total = 0.0
         for start in range(0, len(targets_N), rows):
             chunk = slice(start, start + rows)
             hidden_CD = student_ND[chunk]
-            logits_CV = (hidden_CD @ head_VD.T).to(wide)
-            teacher_CV = (teacher_NE[chunk] @ teacher_head_VE.T).to(wide)
+            logits_CV = _project(hidden_CD, head_VD, logits_RV)
+            teacher_CV = _project(teacher_NE[chunk], teacher_head_VE, teacher_RV)
             total += _replace_by_gradient(
                 logits_CV, teacher_CV, targets_N[chunk], temperature, cross_entropy_weight
             )
-            del teacher_CV
             delta_CV = logits_CV.div_(len(targets_N)).to(student_ND.dtype)
             grad_ND[chunk] = delta_CV @ head_VD
             _add_product(grad_head_VD, delta_CV, hidden_CD)
         ctx.gradients = grad_ND, grad_head_VD
         ctx.head_dtype = student_head_VD.dtype
-        return (total / len(targets_N)).to(student_ND.device, wide)
+        return student_ND.new_tensor(total / len(targets_N), dtype=wide)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,6 +177,14 @@ class _GradientsInForward(torch.autograd.Function):
             grad_ND.mul_(upstream[0])
             grad_head_VD.mul_(upstream[0])
         return grad_ND, grad_head_VD.to(ctx.head_dtype), None, None, None, None, None, None
+
+
+def _project(hidden_CD: Tensor, head_VD: Tensor, buffer_RV: Tensor) -> Tensor:
+    """Write the logits into the first rows of ``buffer_RV`` and return those rows."""
+    logits_CV = buffer_RV[: len(hidden_CD)]
+    if hidden_CD.dtype == buffer_RV.dtype:
+        return torch.mm(hidden_CD, head_VD.T, out=logits_CV)
+    return logits_CV.copy_(hidden_CD @ head_VD.T)
 
 
 def _replace_by_gradient(

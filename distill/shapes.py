@@ -230,5 +230,5 @@ def _widths(size: int) -> list[int]:
 
 
 def _step(size: int) -> int:
-    """Return 256 (a K-quant block) where that leaves eight choices or more, else 32 (Q8_0, Q4_0)."""
+    """Return 256 (a K-quant block) where that leaves eight choices, else 32 (Q8_0, Q4_0)."""
     return 256 if size >= 8 * 256 else 32

@@ -100,8 +100,8 @@ def _pruned(teacher: Shape, budget: int) -> Plan:
     parts = [f"{of_student} of {of_teacher} {name}" for of_student, of_teacher, name in kept]
     why = (
         f"keeps {', '.join(parts[:-1])} and {parts[-1]}: {count_parameters(best):,} parameters of "
-        f"at most {budget:,}. Of {len(candidates)} shapes that transformers, llama.cpp and GGUF's "
-        "blocks accept, it spreads the cut most evenly by the measured cost of each kind of cut."
+        f"at most {budget:,}. Legal shapes that fill the budget (transformers, llama.cpp, GGUF "
+        f"blocks): {len(candidates)}; this one has the most even cut, each kind by its weight."
     )
     return Plan(teacher, best, None, why, tuple(others[:NUM_RUNNERS_UP]))
 
