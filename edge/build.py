@@ -24,6 +24,7 @@ from edge.fidelity import (
 from edge.gguf import write_gguf
 from edge.heldout import PROBES, Example, encode_examples, read_heldout
 from edge.lineage import sha256_of_file, write_lineage
+from edge.llama import share_cores
 from edge.manifest import (
     MANIFEST,
     BuildManifest,
@@ -127,6 +128,7 @@ def build(
         UserError: An argument, the model or a file must be changed; nothing is written.
         EdgeError: A target could not be made faithfully; that target is not there.
     """
+    share_cores()  # before torch is loaded: it and llama.cpp take turns on the same cores
     names = [parse_target(target) for target in targets]
     order = _take_order(model, heldout, heldout_tokens)
     finished = {name: _finished(out / _directory(name), order) for name in names}

@@ -101,6 +101,15 @@ def _keep_error(level: int, text: bytes, _user: object) -> None:
 _log_callback = _LOG_CALLBACK(_keep_error)
 
 
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the environment says else.
+
+    They spin by default. Beside other busy processes that made two threads 10 times slower than
+    one (5 against 60 tokens/s, SmolLM2-135M Q8_0). Heeded by libraries that are loaded after.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """Return llama.cpp's C API, silenced.
@@ -113,9 +122,7 @@ def load_library() -> ctypes.CDLL:
     files = [file for folder in folders for file in sorted(folder.glob("xllamacpp*.so"))]
     if not files:
         raise LlamaError("xllamacpp is not installed: pip install 'fedge[device]'")
-    # OpenMP's threads spin while they wait for each other by default. Beside other busy processes
-    # that made two threads 10 times slower than one (5 against 60 tokens/s, SmolLM2-135M Q8_0).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    share_cores()
     library = ctypes.CDLL(str(files[0]))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)

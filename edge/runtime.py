@@ -22,6 +22,7 @@ from edge.chat import Message, render_chat
 from edge.errors import UserError
 from edge.llama import Llama, LlamaError, usable_threads
 from edge.manifest import BuildError, RuntimeName, read_manifest
+from edge.tokenizer import Tokenizer
 
 _MAX_CONTEXT_TOKENS = 4096
 """More is trained into most models, but its cache is memory that a device rarely has."""
@@ -213,13 +214,12 @@ class OnnxRuntime:
             options = {"intra_op_num_threads": self.threads}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = onnxruntime_genai.Model(config)
-            self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
-            self._end_ids = {int(token) for token in self._tokenizer.eos_token_ids}
         except RuntimeError as error:
             raise BuildError(
                 f"{path} cannot be loaded by onnxruntime-genai "
                 f"({str(error).splitlines()[0]}): fetch or build it again"
             ) from None
+        self._tokenizer = Tokenizer(path)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -231,16 +231,12 @@ class OnnxRuntime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the memory back."""
-        # onnxruntime-genai frees with the last reference, the tokenizer before its model.
-        del self._tokenizer
+        """Give the memory back: onnxruntime-genai frees a model with its last reference."""
         del self._model
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation; the template lies beside the model."""
-        conversation = json.dumps([dict(message) for message in messages])
-        text = self._tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return self._tokenizer.encode_chat(messages)
 
     def logits(
         self, token_ids: Sequence[int], positions: Sequence[int]
@@ -270,7 +266,6 @@ class OnnxRuntime:
         prompt = self.encode_chat(messages)
         _check_room(len(prompt), max_tokens, self._context_tokens)
         answer = _Answer(started, len(prompt), on_text)
-        stream = self._tokenizer.create_stream()
         generator = self._generator(
             len(prompt) + max_tokens, temperature, seed, ignore_end=ignore_end
         )
@@ -278,9 +273,9 @@ class OnnxRuntime:
         while answer.num_tokens < max_tokens:
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in self._end_ids:
+            if token in self._tokenizer.end_ids:
                 return answer.finished("stop")
-            answer.add(token, stream.decode(token).encode())
+            answer.add(token, self._tokenizer.piece(token))
         return answer.finished("length")
 
     def _generator(

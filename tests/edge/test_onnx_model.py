@@ -78,8 +78,11 @@ def test_a_failure_of_the_builder_is_one_sentence(llama_model: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_int4_onnx_is_built_and_near_its_source(llama_model: Path, tmp_path: Path) -> None:
-    (built,) = build(llama_model, ["onnx:int4"], tmp_path)
+@pytest.mark.parametrize("family", ["llama_model", "llama3_model", "qwen2_model"])
+def test_int4_onnx_is_built_and_near_its_source(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (built,) = build(request.getfixturevalue(family), ["onnx:int4"], tmp_path)
     assert built.manifest.tensor_types["int4"] > 0
     assert 0 < built.manifest.fidelity.kl < 2.0
     assert built.manifest.bytes < 0.6 * 4 * built.manifest.num_parameters + 100_000

@@ -15,6 +15,7 @@ from edge.llama import Llama, LlamaError
 from edge.manifest import BuildError, read_manifest
 from edge.runtime import Runtime, open_runtime
 from edge.vocabulary import load_tokenizer
+from tests.edge.test_gguf import TRICKY
 
 QUESTION = [{"role": "user", "content": "The patient's heart on day 345?"}]
 
@@ -49,19 +50,27 @@ def test_greedy_tokens_are_those_of_torch(runtime: Runtime, llama_model: Path) -
     assert answer.decode_tokens_per_s > 0
 
 
+def test_conversations_have_the_token_ids_of_transformers(
+    runtime: Runtime, llama_model: Path
+) -> None:
+    tokenizer = load_tokenizer(llama_model)
+    # onnxruntime-genai's own tokenizer does not cut digits: "  12" has other tokens there.
+    for text in ("a  12 and\n\n3", *TRICKY):
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        expected = tokenizer.encode(rendered, add_special_tokens=False)
+        assert runtime.encode_chat(messages) == expected
+
+
 def test_text_comes_in_pieces_that_make_the_whole(runtime: Runtime, llama_model: Path) -> None:
     tokenizer = load_tokenizer(llama_model)
-    compared = 0
     for seed in range(40):
         pieces: list[str] = []
-        answer = runtime.generate(QUESTION, 4, 2.0, pieces.append, seed)
+        answer = runtime.generate(QUESTION, 6, 2.0, pieces.append, seed)
         assert "".join(pieces) == answer.text
-        expected = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-        # Bytes that are no character are repaired by each decoder in its own way.
-        if "�" not in expected:
-            assert answer.text == expected
-            compared += len(pieces) > 1
-    assert compared >= 3
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
 
 
 def test_an_earlier_answer_leaves_no_trace(runtime: Runtime) -> None:
