@@ -8,14 +8,13 @@ the same weights. The output directory appears whole, at the very end.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.batches import Example, encode_records
+from client.batches import Example, batches_of_like_length, encode_records
 from client.cleaning import clean, content_digest
 from client.records import DataError, Record, read_records
 from distill.settings import DistillationSettings
@@ -130,26 +129,6 @@ def read_splits(
             "cleaning: give at least two different records"
         )
     return training, held
-
-
-def batches_of_like_length(
-    examples: Sequence[Example], batch_size: int, *, seed: int, window: int = 8
-) -> list[Example]:
-    """Reorder a stream so that a batch holds records of like length: less padding to compute.
-
-    Within each window of batches the records are sorted and dealt into batches, and the batches
-    shuffled: an example moves by less than ``window`` batches.
-    """
-    ordered: list[Example] = []
-    for start in range(0, len(examples), batch_size * window):
-        nearby = sorted(
-            examples[start : start + batch_size * window],
-            key=lambda example: len(example.input_ids),
-        )
-        batches = [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
-        random.Random(f"{seed}/{start}").shuffle(batches)  # noqa: S311 - order of data, no secret
-        ordered += [example for batch in batches for example in batch]
-    return ordered
 
 
 def _teach(
