@@ -19,7 +19,7 @@ from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer, padding_id
 from client.records import read_records
 from client.settings import TrainingSettings
-from client.training import Step, draw, train
+from client.training import Step, draw_batches, train
 from federation.adapter import initial_adapter, read_adapter, read_from_model, write_adapter
 from federation.atomic import refuse_existing
 from federation.base_model import model_digest
@@ -122,8 +122,8 @@ def _encode(path: Path, tokenizer: Any, max_tokens: int) -> list[Example]:
 def _interleave(per_file: Sequence[Sequence[Example]], settings: TrainingSettings) -> list[Example]:
     """Put the files' batches one after the other, as one step of all of them together."""
     count = settings.num_steps * settings.accumulation * settings.batch_size
-    streams = [draw(examples, count, seed=settings.seed) for examples in per_file]
-    ordered = []
+    streams = [draw_batches(examples, settings) for examples in per_file]
+    ordered: list[Example] = []
     for start in range(0, count, settings.batch_size):
         for stream in streams:
             ordered += stream[start : start + settings.batch_size]

@@ -5,6 +5,7 @@ Shape letters: B records, T tokens of the longest one.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,26 @@ def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -
     if not examples:
         raise DataError(f"no record fits {max_tokens} tokens: raise training.max_tokens")
     return examples
+
+
+def batches_of_like_length(
+    examples: Sequence[Example], batch_size: int, *, seed: int, window: int = 8
+) -> list[Example]:
+    """Reorder a stream so that a batch holds records of like length: less padding to compute.
+
+    Within each window of batches the records are sorted and dealt into batches, and the batches
+    shuffled: an example moves by less than ``window`` batches.
+    """
+    ordered: list[Example] = []
+    for start in range(0, len(examples), batch_size * window):
+        nearby = sorted(
+            examples[start : start + batch_size * window],
+            key=lambda example: len(example.input_ids),
+        )
+        batches = [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
+        random.Random(f"{seed}/{start}").shuffle(batches)  # noqa: S311 - order of data, no secret
+        ordered += [example for batch in batches for example in batch]
+    return ordered
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:

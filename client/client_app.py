@@ -80,10 +80,9 @@ def _train(message: Message, context: Context) -> Message:
     model = _resident_model(base_model, settings.dtype, _layout(adapter))
     write_into_model(model, adapter)
     examples, pad_id = _examples(base_model, data, settings.max_tokens)
-    count = settings.num_steps * settings.accumulation * settings.batch_size
     steps = training.train(
         model,
-        training.draw(examples, count, seed=settings.seed, start=(server_round - 1) * count),
+        training.draw_batches(examples, settings, stretch=server_round - 1),
         settings,
         pad_id=pad_id,
     )

@@ -50,15 +50,15 @@ def evaluate(
     from torch.nn.functional import cross_entropy
 
     total_loss, num_correct, num_tokens = 0.0, 0, 0
-    device = next(model.parameters()).device
+    head = decoder_of(model).lm_head
     # Records of like length together: less padding, the same sums.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     with torch.inference_mode():
         for start in range(0, len(ordered), batch_size):
             rows = ordered[start : start + batch_size]
-            batch = {name: t.to(device) for name, t in collate(rows, pad_id).items()}
+            batch = {name: t.to(model.device) for name, t in collate(rows, pad_id).items()}
             hidden_ND, targets_N = learned_positions(model, batch)
-            logits_NV = decoder_of(model).lm_head(hidden_ND).float()
+            logits_NV = head(hidden_ND.to(head.weight.dtype)).float()
             total_loss += cross_entropy(logits_NV, targets_N, reduction="sum").item()
             num_correct += int((logits_NV.argmax(-1) == targets_N).sum())
             num_tokens += len(targets_N)

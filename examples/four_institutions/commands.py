@@ -85,7 +85,7 @@ class Commands:
         command: Sequence[str],
         *,
         threads: int | None = None,
-        environment: Mapping[str, str] | None = None,
+        variables: Mapping[str, str] | None = None,
         streams: bool = False,
     ) -> Finished:
         """Run one command, unless it is done; print it as a user would type it.
@@ -94,13 +94,13 @@ class Commands:
             name: What it is called in the record.
             command: Program and arguments.
             threads: OpenMP threads it may use; default: all cores.
-            environment: Further variables; they are printed before the command.
+            variables: Of its environment, besides ours; printed before the command.
             streams: Its standard output is for the reader, not one JSON object.
 
         Raises:
             CommandError: It ended with another code than 0.
         """
-        extra = dict(environment or {})
+        extra = dict(variables or {})
         typed = " ".join(
             [*(f"{k}={shlex.quote(v)}" for k, v in extra.items()), shlex.join(command)]
         )

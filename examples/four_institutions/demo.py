@@ -30,7 +30,7 @@ from federation.command import run_command
 from federation.status import summarise
 
 SITES = ("bank", "billing", "hospital", "security")
-ROUNDS, STEPS, BATCH_SIZE, MAX_TOKENS, LEARNING_RATE = 4, 6, 8, 96, 5e-4
+ROUNDS, STEPS, BATCH_SIZE, MAX_TOKENS, LEARNING_RATE = 6, 4, 8, 96, 5e-4
 STUDENT = "0.43x"
 BUILDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k", "gguf:q4_0", "onnx:int4")
 DEVICE_BUILD = "gguf-q8_0"
@@ -97,7 +97,7 @@ class Demo:
                 name,
                 ["flwr", "run", ".", "--stream", "--federation-config",
                  f"num-supernodes={len(SITES)} client-resources-num-cpus=1", "-c", config],
-                environment={"FLWR_HOME": str(home.resolve())},
+                variables={"FLWR_HOME": str(home.resolve())},
                 streams=True,
             )  # fmt: skip
         status = self.commands.run("status", ["federation", "status", str(run), "--json"])

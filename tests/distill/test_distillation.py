@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from client.batches import Example, collate
+from client.batches import collate
 from client.model import load_model
 from client.records import DataError
 from client.settings import TrainingSettings
 from distill.comparison import HeldOut
-from distill.distillation import Inputs, batches_of_like_length, distil, read_splits
+from distill.distillation import Inputs, distil, read_splits
 from distill.settings import DistillationSettings
 from federation.adapter import initial_adapter, write_adapter
 from federation.errors import UserError
@@ -224,19 +224,3 @@ def test_no_held_out_record_is_trained_on(tmp_path: Path) -> None:
 def test_one_record_is_too_few(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least two different records"):
         read_splits([write_records(tmp_path / "one.jsonl", 1)], [], 10)
-
-
-def test_batches_of_like_length_hold_the_same_examples_with_less_padding() -> None:
-    lengths = [(7 * index) % 50 + 3 for index in range(200)]
-    examples = [Example(tuple(range(length)), 1) for length in lengths]
-    ordered = batches_of_like_length(examples, 8, seed=0)
-    assert sorted(map(hash, ordered)) == sorted(map(hash, examples))
-    assert ordered == batches_of_like_length(examples, 8, seed=0)
-
-    def padded(stream: list[Example]) -> int:
-        batches = [stream[i : i + 8] for i in range(0, len(stream), 8)]
-        return sum(8 * max(len(e.input_ids) for e in batch) for batch in batches)
-
-    assert padded(ordered) < 0.75 * padded(examples)
-    # Stays near: an epoch is still seen once before it is seen twice.
-    assert sorted(map(hash, ordered[:64])) == sorted(map(hash, examples[:64]))
