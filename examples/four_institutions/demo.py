@@ -10,6 +10,7 @@ with one table, `demo/summary.json` and `demo/report.html`. Killed, it goes on w
 import contextlib
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -50,8 +51,8 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Run every stage and return the summary."""
         self.stage("Fetch a model and the text of four institutions")
-        fetch = Path(__file__).with_name("fetch.py")
-        self.commands.run("fetch", ["python", str(fetch), "--out", str(self.out), "--json"])
+        fetch = os.path.relpath(Path(__file__).with_name("fetch.py"))
+        self.commands.run("fetch", ["python", fetch, "--out", str(self.out), "--json"])
         self.stage("Each institution checks its own data")
         train = [str(self.data(site, "train")) for site in SITES]
         self.commands.run("check-data", ["client", "check-data", *train, "--json"])

@@ -93,8 +93,8 @@ def write_report(
         "<h2>Held-out perplexity</h2>",
         _bars(summary["sites"]),
         (
-            f"<p>The federated model closes <b>{summary['gap_closed']:.1%}</b> of the gap between the "
-            "base model and one trained on all text pooled (mean log-perplexity).</p>"
+            f"<p>The federated model closes <b>{summary['gap_closed']:.1%}</b> of the gap between "
+            "the base model and one trained on all text pooled (mean log-perplexity).</p>"
         ),
         _table(
             ("site", *_KINDS),
