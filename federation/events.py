@@ -108,10 +108,16 @@ KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__args__}
 class EventLog:
     """Appends events to a JSONL file; each is on disk before `write` returns."""
 
-    def __init__(self, path: Path, now: Callable[[], datetime] | None = None) -> None:
-        """Open the log; ``now`` is the clock, for tests."""
+    def __init__(
+        self,
+        path: Path,
+        listener: Callable[[Event], None] = lambda _: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Open the log; ``listener`` hears of each event too, ``now`` is the clock."""
         self.path = path
-        self._now = now or (lambda: datetime.now(UTC))
+        self._listener = listener
+        self._now = now
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, event: Event) -> None:
@@ -121,6 +127,7 @@ class EventLog:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._listener(event)
 
 
 def read_events(path: Path) -> Iterator[tuple[datetime, Event]]:

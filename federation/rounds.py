@@ -106,6 +106,7 @@ def run_rounds(
     sites: Sites,
     settings: FederationSettings,
     *,
+    on_event: Callable[[events.Event], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
@@ -128,7 +129,8 @@ def run_rounds(
         targets=settings.adapter.targets,
         seed=settings.seed,
     )
-    run = _Run(sites, settings, digest, events.EventLog(out / "events.jsonl"), clock, sleep)
+    log = events.EventLog(out / "events.jsonl", on_event)
+    run = _Run(sites, settings, digest, log, clock, sleep)
     started = clock()
     run.log.write(
         events.RunStarted(

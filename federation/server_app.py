@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.serverapp import Grid, ServerApp
 
 from federation.errors import FedgeError
+from federation.events import Event, RoundFinished, SiteFailed
 from federation.rounds import Reply, Request, RoundError, run_rounds
 from federation.settings import FederationSettings, load_settings
 
@@ -27,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation with the settings of the run config."""
     try:
         settings = load_settings(FederationSettings, context.run_config, "the run config")
-        directory = run_rounds(GridSites(grid, settings.round_timeout_s), settings)
+        sites = GridSites(grid, settings.round_timeout_s)
+        directory = run_rounds(sites, settings, on_event=_say)
     except FedgeError as error:
         # One sentence in the run's log instead of a traceback; the run counts as failed.
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -35,6 +37,21 @@ def main(grid: Grid, context: Context) -> None:
             raise
         sys.exit(error.exit_code)
     print(f"adapter: {directory}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _say(event: Event) -> None:
+    """Print what `flwr run --stream` should show while a run is under way."""
+    match event:
+        case RoundFinished():
+            line = (
+                f"round {event.server_round}: {event.num_updates} updates, train loss "
+                f"{event.train_loss:.4f}, {event.seconds:.1f} s"
+            )
+        case SiteFailed():
+            line = f"round {event.server_round}: site {event.site} failed: {event.reason}"
+        case _:
+            return
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 class GridSites:
