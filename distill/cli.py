@@ -120,7 +120,7 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
     table = Table(title=f"{out}: {report['student']['params']:,} parameters")
     for column in ("held out", "KL to the teacher", "cross-entropy", "same first token"):
         table.add_column(column, justify="left" if column == "held out" else "right")
-    table.add_row("teacher", "0", f"{report['teacher']['ce']:.4f}", "100 %")
+    table.add_row("teacher", "0.0000", f"{report['teacher']['ce']:.4f}", "100.0%")
     for name, title in (("start", "student, cut"), ("end", "student, distilled")):
         row = report[name]
         table.add_row(title, f"{row['kl']:.4f}", f"{row['ce']:.4f}", f"{row['top1']:.1%}")

@@ -180,6 +180,8 @@ def _teach(
             checkpoints=work.checkpoints,
             on_step=record,
         )
+    # The Trainer switches the cache off in the config; a student is there to generate.
+    student.config.use_cache = teacher.config.use_cache
     student = student.to(dtype)
     report = _report(plan, start, held_out.compare(student), work.steps())
     return report, student

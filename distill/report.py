@@ -47,7 +47,7 @@ recipes for a full recovery use tens of billions of tokens.</p>
 def _table(report: dict[str, Any]) -> str:
     teacher, start, end = report["teacher"], report["start"], report["end"]
     students = ((start, "student, cut"), (end, "student, distilled"))
-    rows = [("teacher", teacher["params"], "0", teacher["ce"], "100 %")]
+    rows = [("teacher", teacher["params"], "0.000", teacher["ce"], "100.0%")]
     rows += [
         (title, report["student"]["params"], f"{row['kl']:.3f}", row["ce"], f"{row['top1']:.1%}")
         for row, title in students

@@ -68,6 +68,7 @@ def test_student_directory_is_whole_and_closer_to_the_teacher(
 
     student = AutoModelForCausalLM.from_pretrained(out)
     assert sum(p.numel() for p in student.parameters()) == report["student"]["params"]
+    assert student.config.use_cache
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(teacher).chat_template
     assert (out / "LICENSE").read_text() == "the teacher's licence"
