@@ -20,10 +20,11 @@ from client.model import add_adapter, load_model, load_tokenizer, padding_id
 from client.records import read_records
 from client.settings import TrainingSettings
 from client.training import Step, draw_batches, train
+from client.work import Work
 from federation.adapter import initial_adapter, read_adapter, read_from_model, write_adapter
 from federation.atomic import refuse_existing
 from federation.base_model import model_digest
-from federation.lineage import write_lineage
+from federation.lineage import sha256_of_file, write_lineage
 from federation.progress import progress_bar
 from federation.settings import AdapterSettings
 
@@ -47,18 +48,30 @@ def train_alone(
     tokenizer = load_tokenizer(base_model)
     per_file = [_encode(path, tokenizer, settings.max_tokens) for path in data]
     adapter = initial_adapter(base_model, **adapter_settings.model_dump(), seed=settings.seed)
+    parameters = {
+        "base_model_digest": model_digest(base_model),
+        **adapter_settings.model_dump(),
+        **settings.model_dump(),
+    }
+    # The digests of private text stay in the work directory; they are not in the lineage.
+    work = Work(out, {**parameters, "data": [sha256_of_file(path) for path in data]})
+    work.begin()
     model = add_adapter(load_model(base_model, settings.dtype), adapter)
-    pooled = settings.model_copy(update={"accumulation": settings.accumulation * len(data)})
-    work = out.with_name(f".{out.name}.work")
     with progress_bar(f"training {out.name}", settings.num_steps) as advance:
-        steps = train(
+
+        def record(step: Step) -> None:
+            work.record(step)
+            advance(f"loss {step.loss:.3f}")
+
+        train(
             model,
             _interleave(per_file, settings),
-            pooled,
+            settings.model_copy(update={"accumulation": settings.accumulation * len(data)}),
             pad_id=padding_id(tokenizer),
-            checkpoints=work,
-            on_step=lambda step: advance(f"loss {step.loss:.3f}"),
+            checkpoints=work.checkpoints,
+            on_step=record,
         )
+    steps = work.steps()
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -69,16 +82,12 @@ def train_alone(
         stage="train",
         directories={"base_model": base_model},
         digests={},
-        parameters={
-            "base_model_digest": model_digest(base_model),
-            **adapter_settings.model_dump(),
-            **settings.model_dump(),
-        },
+        parameters=parameters,
         metrics=result,
     )
     building.replace(out)
-    shutil.rmtree(work, ignore_errors=True)
-    return {"out": str(out), **result, "steps": [asdict(step) for step in steps]}
+    work.remove()
+    return {"out": str(out), **result, "steps": steps}
 
 
 def evaluate_alone(
@@ -90,7 +99,9 @@ def evaluate_alone(
     batch_size: int,
     dtype: str,
 ) -> list[dict[str, Any]]:
-    """Return loss, perplexity, token accuracy and token count of each file.
+    """Return loss, perplexity, token accuracy and counts of each file.
+
+    `num_cut` records were longer than ``max_tokens``: only their beginnings are scored.
 
     Raises:
         UserError: A file, the model or the adapter is wrong.
@@ -111,7 +122,8 @@ def evaluate_alone(
                 batch_size=batch_size,
                 on_batch=partial(advance, path.parent.name),
             )
-            results.append({"file": str(path), **asdict(evaluation)})
+            num_cut = sum(example.is_cut for example in examples)
+            results.append({"file": str(path), **asdict(evaluation), "num_cut": num_cut})
     return results
 
 
@@ -130,11 +142,11 @@ def _interleave(per_file: Sequence[Sequence[Example]], settings: TrainingSetting
     return ordered
 
 
-def _summary(steps: Sequence[Step]) -> dict[str, Any]:
+def _summary(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "num_steps": steps[-1].step,
-        "first_loss": steps[0].loss,
-        "last_loss": steps[-1].loss,
-        "num_tokens": sum(step.num_tokens for step in steps),
-        "seconds": round(sum(step.seconds for step in steps), 3),
+        "num_steps": steps[-1]["step"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "num_tokens": sum(step["num_tokens"] for step in steps),
+        "seconds": round(sum(step["seconds"] for step in steps), 3),
     }

@@ -26,6 +26,8 @@ class Example:
     input_ids: tuple[int, ...]
     num_prompt: int
     """Leading tokens that are given, not learned."""
+    is_cut: bool = False
+    """The response goes on beyond the longest example."""
 
 
 def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -> list[Example]:
@@ -42,7 +44,8 @@ def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -
         max_tokens: Longest example.
 
     Raises:
-        DataError: The tokenizer has no chat template, or no record fits ``max_tokens``.
+        DataError: The tokenizer has no chat template or one that does not show where a response
+            begins, or no record fits ``max_tokens``.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -55,13 +58,19 @@ def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -
         turn = [*user, {"role": "assistant", "content": record.response}]
         prompt = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turn, tokenize=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"the chat template of {tokenizer.name_or_path} writes other text before an answer "
+                "than before a prompt's end, so what is to be learned cannot be cut out: use a "
+                "template whose generation prompt begins the assistant's turn"
+            )
         # Tokenised apart: a merge across the border would hide where the response begins,
         # and at generation time the prompt stands alone too.
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         response_ids = tokenizer.encode(whole[len(prompt) :].rstrip("\n"), add_special_tokens=False)
         if len(prompt_ids) < max_tokens:
-            ids = (*prompt_ids, *response_ids)[:max_tokens]
-            examples.append(Example(ids, len(prompt_ids)))
+            ids = (*prompt_ids, *response_ids)
+            examples.append(Example(ids[:max_tokens], len(prompt_ids), len(ids) > max_tokens))
     if not examples:
         raise DataError(f"no record fits {max_tokens} tokens: raise training.max_tokens")
     return examples

@@ -95,7 +95,10 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Print loss, perplexity, token accuracy and number of tokens of each file."""
+    """Print loss, perplexity, token accuracy and number of tokens of each file.
+
+    Longer records are cut to --max-tokens; their number is printed too.
+    """
     from client.alone import evaluate_alone
     from federation.settings import SettingsError
 
@@ -139,7 +142,7 @@ def _print_evaluation(results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("file", "loss", "perplexity", "token accuracy", "tokens"):
+    for column in ("file", "loss", "perplexity", "token accuracy", "tokens", "records cut"):
         table.add_column(column, justify="left" if column == "file" else "right")
     for result in results:
         table.add_row(
@@ -148,6 +151,7 @@ def _print_evaluation(results: list[dict[str, Any]]) -> None:
             f"{result['perplexity']:.2f}",
             f"{result['token_accuracy']:.1%}",
             str(result["num_tokens"]),
+            str(result["num_cut"]),
         )
     Console().print(table)
 

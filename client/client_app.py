@@ -7,6 +7,7 @@ What a reply may hold: the update, a count, a mean loss, seconds. Errors carry o
 which never quote a record; of any other exception only the type leaves the site.
 """
 
+import re
 import sys
 import time
 import traceback
@@ -44,11 +45,16 @@ def train(message: Message, context: Context) -> Message:
     try:
         return _train(message, context)
     except FedgeError as error:
-        reason = str(error)
+        reason = without_directories(str(error))
     except Exception as error:
         traceback.print_tb(error.__traceback__, file=sys.stderr)
         reason = f"the site failed with {type(error).__name__}; its own log shows where"
     return Message(Error(SITE_ERROR, reason), reply_to=message)
+
+
+def without_directories(reason: str) -> str:
+    """Return a message with file names but not where they lie: that is the site's own business."""
+    return re.sub(r"(?:[A-Za-z]:)?[\\/](?:[^\s\\/:'\"]+[\\/])+", "…/", reason)
 
 
 def _train(message: Message, context: Context) -> Message:
@@ -108,17 +114,22 @@ def _site(context: Context) -> tuple[Path, Path, str]:
     folder a site, taken in the order of their names.
     """
     node, run = context.node_config, context.run_config
-    if "data" in node:
-        base_model = Path(str(node.get("base_model", run["base_model"])))
-        return base_model, Path(str(node["data"])), str(node.get("name", ""))
+    if "partition-id" not in node:
+        # On a real site nothing that the run says may name a file.
+        if missing := [key for key in ("data", "base_model") if not node.get(key)]:
+            raise ModelError(
+                f"this site does not say its {missing[0]}: start its SuperNode with --node-config "
+                '\'data="FILE.jsonl" base_model="DIRECTORY"\''
+            )
+        return Path(str(node["base_model"])), Path(str(node["data"])), str(node.get("name", ""))
     root = Path(str(run.get("simulated_sites", "")))
     if not str(run.get("simulated_sites", "")) or not root.is_dir():
         raise ModelError(
-            f"this site names no data, and simulated_sites is {str(root)!r}: pass node config "
-            "data=FILE at a site, or run config simulated_sites=DIRECTORY in simulation"
+            f"simulated_sites is {run.get('simulated_sites', '')!r}: a simulation needs a "
+            "directory with one folder a site, each with train.jsonl"
         )
     folders = sorted(path for path in root.iterdir() if (path / "train.jsonl").is_file())
-    index = int(node.get("partition-id", 0))
+    index = int(node["partition-id"])
     if index >= len(folders):
         raise ModelError(
             f"{root} holds {len(folders)} sites, the simulation has one more: pass "

@@ -18,7 +18,7 @@ FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def load_model(directory: Path, dtype: str) -> Any:
-    """Load a decoder in evaluation mode.
+    """Load a decoder in evaluation mode, on the GPU if there is one.
 
     Args:
         directory: Hugging Face layout.
@@ -45,7 +45,7 @@ def load_model(directory: Path, dtype: str) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
-    return model.eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -59,11 +59,16 @@ def _iterate(path: Path) -> Iterator[Record]:
 
 def _parse(line: str, place: str, number: int) -> Record:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_without_repeated_keys)
     except json.JSONDecodeError as error:
         # The parser's own message is safe to show; its `doc` holds the text and is dropped.
         raise DataError(
             f"{place}: not JSON ({error.msg} at column {error.colno}): "
+            'expected one object a line, {"prompt": …, "response": …}'
+        ) from None
+    except (ValueError, RecursionError):
+        raise DataError(
+            f"{place}: a field twice, a number too long or nesting too deep: "
             'expected one object a line, {"prompt": …, "response": …}'
         ) from None
     if not isinstance(value, dict):
@@ -77,6 +82,11 @@ def _parse(line: str, place: str, number: int) -> Record:
             raise DataError(
                 f"{place}: field '{field}' is a JSON {_kind(value[field])}: expected a string"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in value[field]):
+            raise DataError(
+                f"{place}: field '{field}' holds half a character (a lone surrogate escape): "
+                "write the character itself, in UTF-8"
+            )
         if not value[field].strip():
             raise DataError(f"{place}: field '{field}' is empty: fill it or remove the line")
     if extra := len(value.keys() - set(FIELDS)):
@@ -85,6 +95,13 @@ def _parse(line: str, place: str, number: int) -> Record:
             "so that nothing is silently ignored"
         )
     return Record(value["prompt"], value["response"], number)
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError
+    return value
 
 
 def _kind(value: Any) -> str:

@@ -10,6 +10,7 @@ Shape letters: B records, T tokens, D hidden, N learned positions, V vocabulary.
 from __future__ import annotations
 
 import random
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,16 +73,18 @@ def train(
     expected = settings.num_steps * settings.accumulation * settings.batch_size
     if len(examples) != expected:
         raise ValueError(f"{len(examples)} examples for {expected} places: use draw_batches()")
-    trainer = _build_trainer(
-        model,
-        examples,
-        settings,
-        pad_id=pad_id,
-        loss_function=loss_function or response_cross_entropy,
-        checkpoints=checkpoints,
-        on_step=on_step or (lambda _: None),
-    )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    with tempfile.TemporaryDirectory() as scratch:  # without checkpoints the Trainer writes nothing
+        trainer = _build_trainer(
+            model,
+            examples,
+            settings,
+            pad_id=pad_id,
+            loss_function=loss_function or response_cross_entropy,
+            place=checkpoints or Path(scratch),
+            saves=checkpoints is not None and settings.checkpoint_every > 0,
+            on_step=on_step or (lambda _: None),
+        )
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     model.eval()
     steps: list[Step] = trainer.steps
     return steps
@@ -163,7 +166,8 @@ def _build_trainer(
     *,
     pad_id: int,
     loss_function: LossFunction,
-    checkpoints: Path | None,
+    place: Path,
+    saves: bool,
     on_step: Callable[[Step], None],
 ) -> Any:
     import torch
@@ -212,9 +216,8 @@ def _build_trainer(
             self.steps.append(step)
             on_step(step)
 
-    saves = checkpoints is not None and settings.checkpoint_every > 0
     arguments = TrainingArguments(
-        output_dir=str(checkpoints) if checkpoints else None,
+        output_dir=str(place),
         max_steps=settings.num_steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -237,6 +240,7 @@ def _build_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no silent DataParallel: it would hide the decoder
     return OrderedTrainer(
         model=model,
         args=arguments,

@@ -1,7 +1,7 @@
 """A teacher into a student: read, cut, train, compare, write.
 
 Everything that the user can get wrong is checked before torch is loaded. A killed run keeps its
-checkpoints beside its output (`distill.work`); the same command continues from there and ends with
+checkpoints beside its output (`client.work`); the same command continues from there and ends with
 the same weights. The output directory appears whole, at the very end.
 """
 
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from client.batches import Example, batches_of_like_length, encode_records
 from client.cleaning import clean, content_digest
 from client.records import DataError, Record, read_records
+from client.work import Work
 from distill.settings import DistillationSettings
 from distill.student import Plan, describe, plan_student
-from distill.work import Work
 from federation.atomic import new_directory, refuse_existing, write_atomically
 from federation.base_model import ModelError, model_digest
 from federation.lineage import sha256_of_file, write_lineage

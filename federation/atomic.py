@@ -59,7 +59,7 @@ def refuse_existing(path: Path) -> None:
         UserError: ``path`` exists and is not an empty directory.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already: remove it or choose another --out")
+        raise UserError(f"{path} exists already: remove it or choose another output directory")
 
 
 def _sync_directory(path: Path) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 from federation.errors import UserError
 from federation.lineage import sha256_of_file
 
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What turns text into token ids."""
+
 
 class ModelError(UserError):
     """A model directory is missing, incomplete, or does not fit what it is used with."""
@@ -72,12 +75,14 @@ def weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def model_digest(directory: Path) -> str:
-    """Return one sha256 over config and weights: two sites with equal digests hold the same model.
+    """Return one sha256 over config, weights, tokenizer and chat template.
 
-    The digest of the lines `sha256  name`, as sha256sum would print them, for config.json and all
-    safetensors files sorted by name. Costs one read of the weights (about 2 GB/s).
+    Two sites with equal digests turn the same text into the same numbers. It is the digest of the
+    lines `sha256  name`, as sha256sum would print them, for those files that there are, sorted by
+    kind and name. Costs one read of the weights (about 2 GB/s).
     """
     read_config(directory)
-    files = [directory / "config.json", *weight_files(directory)]
+    text = [path for name in TEXT_FILES if (path := directory / name).is_file()]
+    files = [directory / "config.json", *weight_files(directory), *text]
     lines = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()

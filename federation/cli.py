@@ -38,6 +38,7 @@ def status(
 
 def _print(summary: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -57,10 +58,11 @@ def _print(summary: dict[str, Any]) -> None:
             f"{row['seconds']:.1f}",
         )
     Console().print(table)
+    if "reason" in summary:
+        Console().print(f"[red]{escape(summary['reason'])}")
     for failure in summary["failures"]:
-        Console().print(
-            f"[yellow]round {failure['server_round']}, site {failure['site']}: {failure['reason']}"
-        )
+        place = f"round {failure['server_round']}, site {failure['site']}"
+        Console().print(f"[yellow]{place}: {escape(failure['reason'])}")
 
 
 def main() -> None:

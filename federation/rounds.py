@@ -3,7 +3,7 @@
 Our own loop on Flower's messages, because the stock strategies hold every reply in memory. A reply
 is checked and spooled to disk as it arrives and then forgotten; after the last one the fold walks
 over the modules with one module of each site in memory. Updates are folded in the order of their
-digests, so the order of arrival changes nothing, and are deleted when the round is on disk: what
+digests, so the order of arrival changes nothing, and are deleted when the round is over: what
 remains of a site's update is its digest in the round's lineage.
 
 `run_rounds` knows nothing of Flower: it speaks to `Sites`, which `server_app` implements with a
@@ -12,6 +12,7 @@ grid and the tests in memory.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,10 @@ from federation.wire import Update, WireError, encode, open_update
 if TYPE_CHECKING:
     from federation.adapter import Adapter
     from federation.settings import FederationSettings
+
+
+MAX_EXAMPLES = 1_000_000_000
+"""A count beyond it is a mistake or an attack: it would own the average."""
 
 
 class RoundError(FedgeError):
@@ -146,9 +151,12 @@ def run_rounds(
             round_started = clock()
             received = _exchange(run, server_round, adapter)
             adapter = _fold(run, server_round, received, round_started)
-    except FedgeError as error:
-        run.log.write(events.RunFailed(str(error)))
+    except Exception as error:
+        reason = str(error) if isinstance(error, FedgeError) else type(error).__name__
+        run.log.write(events.RunFailed(reason))
         raise
+    finally:
+        shutil.rmtree(run.out / "updates", ignore_errors=True)
     last = run.directory(settings.num_rounds)
     run.log.write(events.RunFinished(settings.num_rounds, clock() - started, last.name))
     return last
@@ -157,16 +165,17 @@ def run_rounds(
 def _exchange(run: _Run, server_round: int, adapter: Adapter) -> list[_Received]:
     """Send the adapter to the sites and spool their updates until all answered or time is up."""
     settings = run.settings
-    deadline = run.clock() + settings.round_timeout_s
-    names = run.sites.wait_for(settings.num_sites, settings.round_timeout_s)
-    if len(names) < settings.num_sites:
+    needed = settings.num_sites if server_round == 1 else 1
+    names = run.sites.wait_for(needed, settings.round_timeout_s)
+    if len(names) < needed:
         raise RoundError(
-            f"round {server_round}: {len(names)} of {settings.num_sites} sites are connected after "
+            f"round {server_round}: {len(names)} of {needed} sites are connected after "
             f"{settings.round_timeout_s:g} s: start the others, or lower num_sites"
         )
     message = encode(adapter, dtype=settings.wire_dtype, base_model=run.base_model_digest)
     run.log.write(events.RoundStarted(server_round, sorted(names), len(message)))
     run.sites.send(names, Request(server_round, message, settings.training))
+    deadline = run.clock() + settings.round_timeout_s
 
     spool = run.out / "updates"
     shutil.rmtree(spool, ignore_errors=True)
@@ -196,7 +205,7 @@ def _exchange(run: _Run, server_round: int, adapter: Adapter) -> list[_Received]
             f"round {server_round}: none of {len(names)} sites sent a usable update "
             f"({reasons[0]}); every reason is in {run.log.path}"
         )
-    return sorted(received, key=lambda item: item.update.sha256)
+    return sorted(received, key=lambda item: (item.update.sha256, item.reply.site))
 
 
 def _received_event(server_round: int, item: _Received) -> events.UpdateReceived:
@@ -216,8 +225,10 @@ def _spool(reply: Reply, spool: Path, adapter: Adapter, digest: str) -> Update:
     """Put one update on disk and check it against what was asked for."""
     if reply.update is None:
         raise WireError(reply.error or "the site sent neither an update nor an error")
-    if reply.num_examples < 1:
-        raise WireError(f"num_examples is {reply.num_examples}: expected at least 1")
+    if not 1 <= reply.num_examples <= MAX_EXAMPLES:
+        raise WireError(f"num_examples is {reply.num_examples}: expected 1 to {MAX_EXAMPLES}")
+    if not math.isfinite(reply.train_loss) or not math.isfinite(reply.seconds):
+        raise WireError("train_loss or seconds is not a finite number")
     path = spool / f"{reply.site}.update"
     write_atomically(path, reply.update)
     update = open_update(path)
@@ -249,6 +260,12 @@ def _fold(
         rank=settings.adapter.rank,
         alpha=settings.adapter.alpha,
     )
+    factors = [f for module in adapter.modules.values() for f in (module.b_OR, module.a_RI)]
+    if not all(factor.isfinite().all() for factor in factors):
+        raise RoundError(
+            f"round {server_round}: the average is not finite, so some update is absurdly large: "
+            "the last adapter stays; look at the sites' losses in the event log"
+        )
     aggregation_seconds = run.clock() - fold_started
     losses = [item.reply.train_loss for item in received]
     loss = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)

@@ -105,7 +105,8 @@ class GridSites:
 
 def _to_reply(site: str, message: Message) -> Reply:
     if message.has_error():
-        return Reply(site, None, f"error {message.error.code}: {message.error.reason}")
+        reason = _printable(message.error.reason, 500)
+        return Reply(site, None, f"error {message.error.code}: {reason}")
     try:
         result = message.content[RESULT]
         update = message.content[ADAPTER][ADAPTER].numpy().tobytes()
@@ -116,15 +117,15 @@ def _to_reply(site: str, message: Message) -> Reply:
             num_examples=int(result["num-examples"]),
             train_loss=float(result["train_loss"]),
             seconds=float(result["seconds"]),
-            name=_printable(str(message.content[SITE]["name"])),
+            name=_printable(str(message.content[SITE]["name"]), 64),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever one site sends must not end the run of the others
         return Reply(site, None, f"the reply is not an update ({type(error).__name__})")
 
 
-def _printable(name: str) -> str:
-    """Return a site's name for itself as what may stand in a log: short, and no control codes."""
-    return "".join(letter for letter in name[:64] if letter.isalnum() or letter in "-_. ")
+def _printable(text: str, length: int) -> str:
+    """Return what a site says as what may stand in a log: short, and no control codes."""
+    return "".join(letter for letter in text[:length] if letter.isprintable())
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class FederationSettings(Settings):
     """Simulation only: a directory with one folder a site. A real site names its own data."""
     num_rounds: Annotated[int, Field(ge=1)] = 4
     num_sites: Annotated[int, Field(ge=1)] = 2
-    """Sites to wait for before the first round starts."""
+    """Sites to wait for before the first round. A later round goes on with those that are there."""
     aggregation: Literal["products", "factors"] = "products"
     """products: the exact mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"

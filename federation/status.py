@@ -41,5 +41,7 @@ def _round(
         **asdict(event),
         "bytes_up": sum(update.num_bytes for update in own),
         "num_failed": sum(f["server_round"] == event.server_round for f in failures),
-        "sites": {update.name or update.site: update.train_loss for update in own},
+        "sites": [
+            {"site": u.site, "name": u.name or u.site, "train_loss": u.train_loss} for u in own
+        ],
     }

@@ -35,7 +35,10 @@ VERSION = 1
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _PREFIX = struct.Struct("<4sHI")
 _DIGEST_BYTES = 32
-_MAX_HEADER_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 16 << 20
+MAX_RANK = 1024
+"""Bounds the k x k work that one site can make the server do; federation.settings has the same."""
+MAX_ALPHA = 1e6
 
 
 class WireError(FedgeError):
@@ -198,20 +201,25 @@ def _read_header(read: Any, prefix: bytes, size: int) -> _Header:
         raise WireError(f"the update's header claims {length} bytes of a message of {size}")
     raw = read(length)
     try:
-        header = json.loads(raw)
-        return _lay_out(raw, header)
-    except (ValueError, KeyError, TypeError) as error:
-        raise WireError(f"the update's header is not readable: {error!r}") from None
+        return _lay_out(raw, json.loads(raw))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        detail = str(error)[:200] or type(error).__name__
+        raise WireError(f"the update's header is not readable: {detail}") from None
 
 
 def _lay_out(raw: bytes, header: dict[str, Any]) -> _Header:
-    dtype, rank = header["dtype"], int(header["rank"])
+    dtype, rank, alpha = header["dtype"], header["rank"], header["alpha"]
     if dtype not in ITEM_BYTES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(ITEM_BYTES)}")
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank {rank!r}: expected a whole number in [1, {MAX_RANK}]")
+    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha {alpha!r}: expected a number in (0, {MAX_ALPHA:g}]")
     places: dict[str, tuple[int, tuple[int, int]]] = {}
     offset = _PREFIX.size + len(raw)
     for name, (rows, columns) in header["tensors"]:
-        if rows < 1 or columns < 1 or name in places:
+        whole = type(name) is str and type(rows) is int and type(columns) is int
+        if not whole or not min(rows, columns) > 0 or name in places:
             raise ValueError(f"tensor {name!r} of shape {rows} x {columns}")
         if (columns if name.endswith(".B") else rows) != rank:
             raise ValueError(f"tensor {name!r} of shape {rows} x {columns} in rank {rank}")
@@ -225,7 +233,7 @@ def _lay_out(raw: bytes, header: dict[str, Any]) -> _Header:
         raw=raw,
         dtype=dtype,
         rank=rank,
-        alpha=float(header["alpha"]),
+        alpha=float(alpha),
         base_model=str(header["base_model"]),
         places=places,
         payload_bytes=offset - _PREFIX.size - len(raw),

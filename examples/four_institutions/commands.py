@@ -1,18 +1,21 @@
 """Runs the demo's commands as a user would type them: printed, timed, watched, and resumable.
 
-A command whose output is complete is not run again, so a demo that was killed goes on where it
+A command that was run to its end is not run again, so a demo that was killed goes on where it
 stopped; what it cost the first time is kept in `commands.jsonl`. Two lanes of one thread each use
 two cores better than one lane of two threads: small matrices spend a second thread on waiting.
 """
 
+import ctypes
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +23,9 @@ from typing import Any
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
+from federation.atomic import write_atomically
 from federation.errors import FedgeError
 
 ENVIRONMENT = {
@@ -46,9 +51,10 @@ class Finished:
     """What one command cost, and the JSON object it printed (empty when it prints none)."""
 
     name: str
+    command: list[str]
     seconds: float
     peak_bytes: int
-    """Largest resident set of any process it started."""
+    """Largest resident set of any process of the demo while it ran."""
     elapsed_s: float
     """Wall time of the demo when it was done, over all the times the demo was started."""
     output: dict[str, Any]
@@ -63,7 +69,11 @@ class Commands:
         self.console = console
         self.finished: dict[str, Finished] = {}
         if record.is_file():
-            for line in record.read_text().split("\n")[:-1]:
+            lines = record.read_text(encoding="utf-8").split("\n")[
+                :-1
+            ]  # a torn last line is not done
+            write_atomically(record, "".join(f"{line}\n" for line in lines))
+            for line in lines:
                 done = Finished(**json.loads(line))
                 self.finished[done.name] = done
         self._lock = threading.Lock()
@@ -79,6 +89,10 @@ class Commands:
         """Largest resident set of any process of any command."""
         return max((done.peak_bytes for done in self.finished.values()), default=0)
 
+    def is_done(self, name: str, command: Sequence[str]) -> bool:
+        """Tell whether this very command was run to its end before."""
+        return name in self.finished and self.finished[name].command == list(command)
+
     def run(
         self,
         name: str,
@@ -87,6 +101,8 @@ class Commands:
         threads: int | None = None,
         variables: Mapping[str, str] | None = None,
         streams: bool = False,
+        output: Path | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Finished:
         """Run one command, unless it is done; print it as a user would type it.
 
@@ -96,51 +112,53 @@ class Commands:
             threads: OpenMP threads it may use; default: all cores.
             variables: Of its environment, besides ours; printed before the command.
             streams: Its standard output is for the reader, not one JSON object.
+            output: What it makes in one step; removed first when the command is not done.
+            check: Called when it ended well, before it counts as done; raises if it is not.
 
         Raises:
             CommandError: It ended with another code than 0.
         """
         extra = dict(variables or {})
-        typed = " ".join(
-            [*(f"{k}={shlex.quote(v)}" for k, v in extra.items()), shlex.join(command)]
-        )
-        self.console.print(f"[bold cyan]$[/bold cyan] {typed}", highlight=False, soft_wrap=True)
-        if name in self.finished:
+        shown = [f"{key}={shlex.quote(value)}" for key, value in extra.items()]
+        typed = " ".join([*shown, shlex.join(command)])
+        self.console.print(f"[bold cyan]$[/bold cyan] {escape(typed)}", soft_wrap=True)
+        if self.is_done(name, command):
             self.console.print("  [dim]done before[/dim]")
             return self.finished[name]
+        if output is not None:
+            shutil.rmtree(output, ignore_errors=True)
         started = time.monotonic()
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / command[0]), *command[1:]],
-            stdout=None if streams else subprocess.PIPE,
-            env=environment(extra | {"OMP_NUM_THREADS": str(threads or os.cpu_count() or 1)}),
-            text=True,
-        )
-        with PeakMemory(process.pid) as peak:
-            output, _ = process.communicate()
-        if process.returncode:
-            raise CommandError(f"exit code {process.returncode} of: {typed}")
+        extra["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)
+        with PeakMemory() as peak:
+            printed = run_to_end(command, environment(extra), captures=not streams, typed=typed)
+        check()
         done = Finished(
             name,
+            list(command),
             round(time.monotonic() - started, 1),
             peak.num_bytes,
             round(time.monotonic() - self._started, 1),
-            json.loads(output) if output and output.lstrip().startswith("{") else {},
+            json.loads(printed) if printed.lstrip().startswith("{") else {},
         )
         self.console.print(f"  [dim]{name}: {done.seconds:.0f} s[/dim]")
-        self.remember(done)
+        self._remember(done)
         return done
 
-    def run_in_lanes(self, commands: Mapping[str, Sequence[str]]) -> dict[str, Finished]:
+    def run_in_lanes(
+        self, commands: Mapping[str, Sequence[str]], outputs: Mapping[str, Path] | None = None
+    ) -> dict[str, Finished]:
         """Run independent commands two at a time, each with half of the cores."""
         threads = max(1, (os.cpu_count() or 2) // 2)
         with ThreadPoolExecutor(max_workers=2) as lanes:
             futures = {
-                name: lanes.submit(self.run, name, command, threads=threads)
+                name: lanes.submit(
+                    self.run, name, command, threads=threads, output=(outputs or {}).get(name)
+                )
                 for name, command in commands.items()
             }
             return {name: future.result() for name, future in futures.items()}
 
-    def remember(self, done: Finished) -> None:
+    def _remember(self, done: Finished) -> None:
         """Note that a command is done, on disk before this returns."""
         with self._lock:
             self.finished[done.name] = done
@@ -151,6 +169,38 @@ class Commands:
                 os.fsync(file.fileno())
 
 
+def run_to_end(
+    command: Sequence[str], variables: Mapping[str, str], *, captures: bool, typed: str
+) -> str:
+    """Run a command and return what it printed; it ends when this process does.
+
+    Raises:
+        CommandError: It ended with another code than 0.
+    """
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        stdout=subprocess.PIPE if captures else None,
+        env=dict(variables),
+        text=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
+    )
+    try:
+        printed, _ = process.communicate()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        raise CommandError(f"exit code {process.returncode} of: {typed}")
+    return printed or ""
+
+
+def end_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent dies, `kill -9` included."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a command: nothing calls home, and our own programs are found."""
     here = str(Path(sys.executable).parent)
@@ -159,12 +209,11 @@ def environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 class PeakMemory:
-    """Watches a process and its descendants; afterwards holds the largest resident set of one."""
+    """Watches every process that this one started; holds the largest resident set of one."""
 
-    def __init__(self, pid: int) -> None:
-        """Watch the tree below ``pid``."""
+    def __init__(self) -> None:
+        """Nothing is watched before the block begins."""
         self.num_bytes = 0
-        self._root = psutil.Process(pid)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -177,13 +226,11 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            try:
-                tree = [self._root, *self._root.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                return
-            for process in tree:
+        while True:
+            for process in psutil.Process().children(recursive=True):
                 self.num_bytes = max(self.num_bytes, _high_water_mark(process.pid))
+            if self._over.wait(0.2):
+                return
 
 
 def _high_water_mark(pid: int) -> int:

@@ -8,10 +8,13 @@ with one table, `demo/summary.json` and `demo/report.html`. Killed, it goes on w
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from commands import CommandError, Commands, environment
+from commands import CommandError, Commands, end_with_parent, environment
 from report import print_table, write_report
 from rich.console import Console
 
@@ -32,10 +35,15 @@ from federation.status import summarise
 
 SITES = ("bank", "billing", "hospital", "security")
 ROUNDS, STEPS, BATCH_SIZE, MAX_TOKENS, LEARNING_RATE = 6, 4, 8, 96, 5e-4
-STUDENT = "0.43x"
+STUDENT, STUDENT_STEPS = "0.43x", 60
 BUILDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k", "gguf:q4_0", "onnx:int4")
 DEVICE_BUILD = "gguf-q8_0"
 QUESTION = "What is Fever?"
+MADE = (
+    *("run", "adapters", "student", ".student.work", "builds", "keys", "registry", "device"),
+    *("device.toml", "commands.jsonl", "summary.json", "report.html", "flower"),
+)
+"""What the demo makes below its directory, besides what fetch.py makes."""
 
 
 class Demo:
@@ -46,6 +54,8 @@ class Demo:
         self.out = out
         self.base = out / "models" / "base"
         self.console = console
+        if start_over_after_a_change(out):
+            console.print("[dim]this code has not made anything here yet: starting fresh[/dim]")
         self.commands = Commands(out / "commands.jsonl", console)
 
     def run(self) -> dict[str, Any]:
@@ -80,9 +90,7 @@ class Demo:
 
     def federate(self) -> None:
         """Start a SuperLink in simulation mode, run the federation on it, end it."""
-        run, name = self.out / "run", "federate"
-        if name not in self.commands.finished:
-            shutil.rmtree(run, ignore_errors=True)  # a round that was cut off cannot be trusted
+        run = self.out / "run"
         config = (
             f'base_model="{self.base.resolve()}" out="{run.resolve()}" '
             f'simulated_sites="{(self.out / "data").resolve()}" '
@@ -91,19 +99,26 @@ class Demo:
             f"training.learning_rate={LEARNING_RATE}"
         )
         home = self.out / "flower"
+        federation = f"num-supernodes={len(SITES)} client-resources-num-cpus=1"
+        command = ["flwr", "run", ".", "--stream", "--federation-config", federation, "-c", config]
+
+        def check() -> None:
+            # `flwr run` ends with 0 whatever became of the run.
+            if summarise(run / "events.jsonl")["state"] != "finished":
+                raise CommandError(f"the federation did not finish: see {run / 'events.jsonl'}")
+
         with contextlib.ExitStack() as stack:
-            if name not in self.commands.finished:
-                stack.enter_context(superlink(home))
+            if not self.commands.is_done("federate", command):
+                stack.enter_context(superlink(home, self.console))
             self.commands.run(
-                name,
-                ["flwr", "run", ".", "--stream", "--federation-config",
-                 f"num-supernodes={len(SITES)} client-resources-num-cpus=1", "-c", config],
+                "federate",
+                command,
                 variables={"FLWR_HOME": str(home.resolve())},
                 streams=True,
-            )  # fmt: skip
-        status = self.commands.run("status", ["federation", "status", str(run), "--json"])
-        if status.output.get("state") != "finished":
-            raise CommandError(f"the federation did not finish: see {run / 'events.jsonl'}")
+                output=run,
+                check=check,
+            )
+        self.commands.run("status", ["federation", "status", str(run), "--json"])
 
     def train_baselines(self) -> None:
         """Train each site alone, and all pooled, for as many steps as the federation took."""
@@ -122,8 +137,8 @@ class Demo:
             return ["client", "train", *data, "--out", str(self.adapter(name)), *shared]
 
         names = {f"local-{site}": command(f"local-{site}", (site,)) for site in SITES}
-        self.commands.run_in_lanes(names)
-        self.commands.run("pooled", command("pooled", SITES))
+        self.commands.run_in_lanes(names, {name: self.adapter(name) for name in names})
+        self.commands.run("pooled", command("pooled", SITES), output=self.adapter("pooled"))
 
     def adapter(self, name: str) -> Path:
         """Return the directory of a model's adapter."""
@@ -154,13 +169,15 @@ class Demo:
         for site in SITES:
             words += ["--data", str(self.out / "public" / site / "public.jsonl")]
             words += ["--heldout", str(self.data(site, "heldout"))]
-        words += ["--max-tokens", str(MAX_TOKENS), "--out", str(self.out / "student"), "--json"]
-        self.commands.run("distill", words)
+        words += ["--max-tokens", str(MAX_TOKENS), "--steps", str(STUDENT_STEPS)]
+        words += ["--out", str(self.out / "student"), "--json"]
+        self.commands.run("distill", words, output=self.out / "student")
 
     def build(self) -> list[dict[str, Any]]:
         """Build and measure every format."""
         words = ["edge", "build", str(self.out / "student"), "--out", str(self.out / "builds")]
         words += [word for target in BUILDS for word in ("--to", target)]
+        words += ["--heldout-tokens", "1000"]
         for site in SITES:
             words += ["--heldout", str(self.data(site, "heldout"))]
         built = self.commands.run("build", [*words, "--json"]).output["builds"]
@@ -185,11 +202,12 @@ class Demo:
     def ship(self) -> dict[str, Any]:
         """Push one build, install it on a device, ask the device a question, verify its lineage."""
         keys, registry, device = self.out / "keys", self.out / "registry", self.out / "device"
-        self.commands.run("keygen", ["edge", "keygen", "--out", str(keys), "--json"])
+        self.commands.run("keygen", ["edge", "keygen", "--out", str(keys), "--json"], output=keys)
         pushed = self.commands.run(
             "push",
             ["edge", "push", str(self.out / "builds" / DEVICE_BUILD), f"{registry}:stable",
              "--key", str(keys / "private.pem"), "--prompt", QUESTION, "--json"],
+            output=registry,
         )  # fmt: skip
         settings = self.out / "device.toml"
         write_atomically(
@@ -197,7 +215,8 @@ class Demo:
             'device_dir = "device"\nregistry = "registry"\ntag = "stable"\nchannel = "stable"\n'
             'public_keys = ["keys/public.pem"]\n',
         )
-        self.commands.run("agent", ["edge", "agent", "--config", str(settings), "--once", "--json"])
+        agent = ["edge", "agent", "--config", str(settings), "--once", "--json"]
+        self.commands.run("agent", agent, output=device)
         current = device / "current"
         answer = self.commands.run(
             "ask",
@@ -285,8 +304,28 @@ def _mean_elsewhere(losses: dict[str, float], site: str) -> float:
     return sum(loss for name, loss in losses.items() if name != site) / (len(losses) - 1)
 
 
+def start_over_after_a_change(out: Path) -> bool:
+    """Remove what other code made, so that every figure of a report is of one piece of code.
+
+    Downloads, data and the base model stay: `fetch.py` checks those by itself.
+    """
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for room in ("federation", "client", "distill", "edge", "examples"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    mark = out / "code.sha256"
+    if mark.is_file() and mark.read_text() == digest.hexdigest():
+        return False
+    for name in MADE:
+        for path in out.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_atomically(mark, digest.hexdigest())
+    return True
+
+
 @contextlib.contextmanager
-def superlink(home: Path) -> Iterator[None]:
+def superlink(home: Path, console: Console) -> Iterator[None]:
     """Run a Flower SuperLink in simulation mode on a free loopback port; end it, by its id.
 
     `flwr run .` starts one by itself too, but that one stays behind when the run is over.
@@ -304,13 +343,14 @@ def superlink(home: Path) -> Iterator[None]:
         *("flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"),
         *("--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")),
     ]
-    # The SuperLink runs from its own folder: its paths must not depend on where the demo started.
+    console.print(f"[bold cyan]$[/bold cyan] {shlex.join(command)} &", soft_wrap=True)
     with (home / "superlink.log").open("ab") as log:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / command[0]), *command[1:]],
             stdout=log,
             stderr=log,
             env=environment({"FLWR_HOME": str(home.resolve())}),
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
         )
     try:
         _wait_for_port(process, port, home / "superlink.log")
@@ -330,6 +370,8 @@ def _wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> No
 
 def _end_tree(process: subprocess.Popen[bytes]) -> None:
     """Ask a process and all it started to end, and make them after 10 s."""
+    if process.poll() is not None:
+        return
     tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in tree:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -346,6 +388,10 @@ def main(
 ) -> None:
     """Run the whole line: four institutions, one model, one device."""
     console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    console.print(
+        "Each command below is one that you can type too, after: source .venv/bin/activate"
+    )
     demo = Demo(out, console)
     summary = demo.run()
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from federation.atomic import write_atomically
@@ -47,7 +48,9 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         table.add_row(*_build_row(build))
     console.print(table)
     device = summary["device"]
-    console.print(f"device {device['digest'][:12]}…  {device['prompt']}\n  {device['text']}")
+    console.print(
+        f"device {device['digest'][:12]}…  {device['prompt']}\n  {escape(device['text'])}"
+    )
     console.print(
         f"{summary['wall_s']:.0f} s in all, peak memory of a process "
         f"{summary['peak_bytes'] / 1e9:.2f} GB"
@@ -78,11 +81,10 @@ def write_report(
         run: The federation's, from federation.status.summarise.
         curve: The student's training: rows with `step` and `loss`.
     """
-    names = sorted(run["rounds"][0]["sites"])
-    rounds = [
-        [(row["server_round"], row["sites"][name]) for row in run["rounds"] if name in row["sites"]]
-        for name in names
-    ]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in run["rounds"]:
+        for site in row["sites"]:
+            curves.setdefault(site["name"], []).append((row["server_round"], site["train_loss"]))
     student = summary["student"]
     sections = [
         "<h1>Four institutions, one model, one device</h1>",
@@ -117,7 +119,7 @@ def write_report(
             ],
         ),
         "<h2>Loss of each site, round by round</h2>",
-        _curves(rounds, [f"site {name[-6:]}" for name in names], "round", "training loss (nats)"),
+        _curves(list(curves.values()), list(curves), "round", "training loss (nats)"),
         "<h2>Distillation</h2>",
         (
             f"<p>{student['params'] / 1e6:.1f} M parameters. Held-out perplexity: teacher "

@@ -29,11 +29,11 @@ def aggregate(
     """Return the weighted average of updates on disk and the largest relative error of a module.
 
     Holds one module of every update at a time. The result depends on the order of ``updates`` in
-    its last bits only; callers sort by site, so that the order of arrival changes nothing at all.
+    its last bits only; callers sort by digest, so that the order of arrival changes nothing at all.
 
     Args:
         updates: One a site, ranks and alphas may differ.
-        weights: Examples that each site trained on.
+        weights: Number of examples at each site.
         kind: "products" or "factors".
         rank: Rank of the result.
         alpha: LoRA alpha of the result.

@@ -22,7 +22,7 @@ def average_factors(
 
     Args:
         updates: One per client, all with the same O and I.
-        weights: Examples that each client trained on. Same order.
+        weights: Number of examples of each client. Same order.
         rank: Rank of the result.
 
     Returns:

@@ -40,7 +40,7 @@ def average_products(
 
     Args:
         updates: One per client, in any ranks, all with the same O and I, scales folded into B.
-        weights: Examples that each client trained on (counts, not fractions). Same order.
+        weights: Number of examples of each client (counts, not fractions). Same order.
         rank: Rank of the result; more than min(O, I) only adds zeros.
 
     Returns:
@@ -56,6 +56,8 @@ def average_products(
     dtype = updates[0].b_OR.dtype
     b_OS = torch.cat([f * u.b_OR for f, u in zip(fractions, updates, strict=True)], dim=1)
     a_SI = torch.cat([update.a_RI for update in updates], dim=0)
+    balance_S = _balance(b_OS, a_SI)
+    b_OS, a_SI = b_OS * balance_S.to(dtype), a_SI / balance_S[:, None].to(dtype)
 
     # b_OS = (orthonormal) @ left_QS and a_SI = right_SP @ (orthonormal), up to rounding.
     left_vectors_SQ, left_values_Q = _principal_axes(_gram(b_OS.mT))
@@ -68,7 +70,7 @@ def average_products(
     total = s.square().sum()
     error = float((s[kept:].square().sum() / total).sqrt()) if total > 0 else 0.0
 
-    mean_a_RP = _mean_rows(updates, fractions, rank) @ right_SP
+    mean_a_RP = (_mean_rows(updates, fractions, rank) * balance_S) @ right_SP
     axes_PR = _complete_basis(vh[:kept].mT, mean_a_RP, rank)
     gauge_RR = _propped_up(mean_a_RP @ axes_PR)
     # B = U S G^-1 and A = G V^T, written as combinations of the clients' own rows and columns.
@@ -78,6 +80,22 @@ def average_products(
     b_OR = _combine(b_weights_SR.mT, b_OS.mT).mT
     a_RI = _combine(a_weights_RS, a_SI)
     return LowRank(b_OR.to(dtype).contiguous(), a_RI.to(dtype).contiguous()), error
+
+
+def _balance(b_OS: Tensor, a_SI: Tensor) -> Tensor:
+    """Return d such that column i of ``b * d`` and row i of ``a / d`` have the same norm.
+
+    A site may send its update as (1e4 B, A / 1e4): the same update, but without this the directions
+    of the others would sink below the rounding of the Gram matrices.
+    """
+    import torch
+
+    b_norms_S, a_norms_S = b_OS.double().norm(dim=0), a_SI.double().norm(dim=1)
+    sizes_S = (b_norms_S * a_norms_S).sqrt()
+    largest = float(sizes_S.max())
+    # Where one factor is zero the product is too: its rows only matter for the mean A.
+    target_S = torch.where(sizes_S > 0, sizes_S, largest if largest > 0 else 1.0)
+    return torch.where(a_norms_S > 0, a_norms_S / target_S, 1.0)
 
 
 def _gram(x_SN: Tensor) -> Tensor:

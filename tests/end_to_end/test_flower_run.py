@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from federation.adapter import read_adapter
 from federation.status import summarise
@@ -29,7 +30,7 @@ def test_a_simulated_federation_through_a_real_superlink(tmp_path: Path) -> None
         "training.max_tokens=64"
     )
     home = tmp_path / "flower"
-    with superlink(home):
+    with superlink(home, Console(stderr=True)):
         subprocess.run(
             [Path(sys.executable).parent / "flwr", "run", str(ROOT), "--stream",
              "--federation-config", "num-supernodes=2 client-resources-num-cpus=1", "-c", config],
@@ -39,5 +40,6 @@ def test_a_simulated_federation_through_a_real_superlink(tmp_path: Path) -> None
         )  # fmt: skip
     summary = summarise(tmp_path / "run" / "events.jsonl")
     assert summary["state"] == "finished"
-    assert [sorted(row["sites"]) for row in summary["rounds"]] == [["bank", "clinic"]] * 2
+    names = [sorted(site["name"] for site in row["sites"]) for row in summary["rounds"]]
+    assert names == [["bank", "clinic"]] * 2
     assert read_adapter(tmp_path / "run" / "adapter").rank == 4

@@ -145,7 +145,7 @@ def test_an_unexpected_failure_leaves_as_its_type_alone(
         ({"base_model": "/nowhere"}, "/nowhere does not exist"),
         ({"num_rounds": 0}, "'num_rounds' is 0"),
         ({"training.epochs": 3}, "unknown setting 'epochs'"),
-        ({"simulated_sites": ""}, "this site names no data"),
+        ({"simulated_sites": ""}, "a simulation needs a directory"),
     ],
 )
 def test_bad_settings_end_the_run_in_one_sentence_without_a_model(

@@ -144,6 +144,32 @@ def test_degenerate_updates_stay_finite_and_exact(broken: str) -> None:
     assert 0 <= error <= 1
 
 
+@pytest.mark.parametrize("gauge", [1e-8, 1e-4, 1e4, 1e8])
+def test_the_gauge_in_which_a_client_sends_its_update_does_not_matter(gauge: float) -> None:
+    updates, weights = clients([4, 4, 4]), [1.0, 2.0, 3.0]
+    expected = dense_best(dense_mean(updates, weights), 6)
+    first, second, third = updates
+    sent = [
+        LowRank(first.b_OR * gauge, first.a_RI / gauge),
+        LowRank(second.b_OR / gauge, second.a_RI * gauge),
+        third,
+    ]
+    averaged, error = average_products(sent, weights, 6)
+    assert np.linalg.norm(product(averaged) - expected) <= 1e-6 * np.linalg.norm(expected)
+    mean = dense_mean(updates, weights)
+    tail = np.linalg.norm(mean - expected) / np.linalg.norm(mean)
+    assert error == pytest.approx(tail, rel=1e-6)
+
+
+def test_a_client_that_did_not_move_does_not_hide_a_tiny_step_of_another() -> None:
+    first, second = clients([4, 4])
+    still = LowRank(torch.zeros_like(first.b_OR), first.a_RI)
+    tiny = LowRank(second.b_OR * 1e-20, second.a_RI)
+    averaged, _ = average_products([still, tiny], [1, 1], 4)
+    expected = dense_mean([still, tiny], [1, 1])
+    assert np.linalg.norm(product(averaged) - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
 def test_out_by_in_is_never_allocated() -> None:
     """A 20,000 x 20,000 float32 matrix would be 1.6 GB; the factors here are 6 MB."""
     updates = clients([4] * 4, out=20_000, inn=20_000, dtype=torch.float32)
