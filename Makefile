@@ -28,7 +28,8 @@ bench: $(INSTALLED)
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-# torch first and pinned: left to itself pip takes a CUDA build of several GB.
+# torch first: pinned, so that pip does not look for a newer one. Where pip is shown CPU wheels
+# (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) it takes 2.13.0+cpu; PyPI's own Linux wheel brings CUDA, several GB.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' \
 	  || { echo "error: $$($(PYTHON) -V) found, Python 3.11 to 3.13 needed: make PYTHON=python3.11 …" >&2; exit 2; }

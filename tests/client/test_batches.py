@@ -110,3 +110,13 @@ def test_batches_of_like_length_hold_the_same_examples_with_less_padding() -> No
     assert padded(ordered) < 0.75 * padded(examples)
     # Stays near: an epoch is still seen once before it is seen twice.
     assert sorted(map(hash, ordered[:64])) == sorted(map(hash, examples[:64]))
+
+
+def test_a_template_that_hides_where_the_answer_begins_is_refused(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    with pytest.raises(DataError, match="what is to be learned cannot be cut out"):
+        encode_records([Record("p", "r", 1)], tokenizer, 60)

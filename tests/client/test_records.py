@@ -37,6 +37,10 @@ def test_records_keep_their_order_and_line(tmp_path: Path) -> None:
         (json.dumps({"prompt": " ", "response": SECRET}), "field 'prompt' is empty"),
         (json.dumps({"prompt": "p", "response": SECRET, SECRET: 1}), "1 field.s. besides"),
         (b'{"prompt": "\xff", "response": "x"}', "byte 12 is not UTF-8"),
+        ('{"prompt": "Jones", "prompt": "Jones", "response": "x"}', "a field twice"),
+        ('{"prompt": "Jones", "response": ' + "9" * 5000 + "}", "a number too long"),
+        ('{"prompt": ' + "[" * 100_000 + "}", "nesting too deep"),
+        ('{"prompt": "Jones \\ud800", "response": "x"}', "lone surrogate"),
     ],
 )
 def test_a_bad_line_is_named_and_its_text_is_not(

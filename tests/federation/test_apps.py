@@ -160,3 +160,59 @@ def test_bad_settings_end_the_run_in_one_sentence_without_a_model(
         server_app.main(grid, grid.server_context)
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_on_a_real_site_the_run_names_no_file(
+    run_config: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    for node in ({}, {"data": str(tmp_path / "sites" / "bank" / "train.jsonl")}):
+        out = tmp_path / f"run{len(node)}"
+        grid = LocalGrid([node, *partitions(1)], run_config | {"num_rounds": 1, "out": str(out)})
+        server_app.main(grid, grid.server_context)
+        (failed,) = [e for _, e in read_events(out / "events.jsonl") if isinstance(e, SiteFailed)]
+        assert "this site does not say its" in failed.reason
+
+
+def test_a_reason_names_a_file_but_not_where_it_lies(
+    run_config: dict[str, object], tiny_model: Path, tmp_path: Path
+) -> None:
+    node = {"data": "/srv/st-mary/oncology/notes.jsonl", "base_model": str(tiny_model)}
+    grid = LocalGrid([node, *partitions(1)], run_config | {"num_rounds": 1})
+    server_app.main(grid, grid.server_context)
+    (failed,) = [
+        e for _, e in read_events(tmp_path / "run" / "events.jsonl") if isinstance(e, SiteFailed)
+    ]
+    assert "notes.jsonl does not exist" in failed.reason
+    assert "mary" not in failed.reason
+
+
+@pytest.mark.parametrize("spoiled", ["no result", "wrong type", "not numpy", "infinite"])
+def test_a_malformed_reply_costs_only_its_site(
+    run_config: dict[str, object], tmp_path: Path, spoiled: str
+) -> None:
+    import numpy as np
+    from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    pull = grid.pull_messages
+
+    def pull_spoiled(ids: list[str]) -> list[object]:
+        messages = pull(ids)
+        for message in messages:
+            if message.metadata.src_node_id == 100 and message.has_content():
+                content = message.content
+                if spoiled == "no result":
+                    del content["result"]
+                elif spoiled == "wrong type":
+                    content["result"] = ConfigRecord({"num-examples": "many"})
+                elif spoiled == "infinite":
+                    content["result"] = MetricRecord({"num-examples": float("inf")})
+                else:
+                    bad = Array(np.zeros(3, dtype=np.uint8))
+                    bad.data = b"PK not a numpy array"
+                    content["adapter"] = ArrayRecord({"adapter": bad})
+        return messages
+
+    grid.pull_messages = pull_spoiled
+    server_app.main(grid, grid.server_context)
+    assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1

@@ -193,3 +193,59 @@ def test_lineage_of_a_round_names_every_update(
     subject = {s["name"]: s["digest"]["sha256"] for s in statement["subject"]}
     weights = (last / "adapter_model.safetensors").read_bytes()
     assert subject["adapter_model.safetensors"] == hashlib.sha256(weights).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_examples": 10**18}, "expected 1 to"),
+        ({"num_examples": 10**400}, "expected 1 to"),
+        ({"train_loss": float("nan")}, "not a finite number"),
+        ({"seconds": float("inf")}, "not a finite number"),
+    ],
+)
+def test_absurd_numbers_of_one_site_cost_that_site_its_place(
+    settings: FederationSettings, tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    sites = three_sites(tmp_path)
+    sites.spoil["a"] = lambda reply: dataclasses.replace(reply, **change)
+    run_rounds(sites, settings)
+    log = (Path(settings.out) / "events.jsonl").read_text()
+    assert "NaN" not in log
+    failures = [
+        e for _, e in read_events(Path(settings.out) / "events.jsonl") if isinstance(e, SiteFailed)
+    ]
+    assert len(failures) == 2
+    assert all(reason in failure.reason for failure in failures)
+
+
+def test_an_unexpected_error_ends_the_run_on_record_and_leaves_no_updates(
+    settings: FederationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("federation.rounds.aggregate", broken)
+    with pytest.raises(MemoryError):
+        run_rounds(three_sites(tmp_path), settings)
+    out = Path(settings.out)
+    assert summarise(out / "events.jsonl")["reason"] == "MemoryError"
+    assert not (out / "updates").exists()
+
+
+def test_a_site_that_leaves_after_the_first_round_does_not_end_the_run(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    sites = three_sites(tmp_path)
+    send = sites.send
+
+    def send_and_lose_one(names: list[str], request: object) -> None:
+        send(names, request)
+        if len(sites.requests) == 1:
+            del sites.moves["c"]
+            sites.order.remove("c")
+
+    sites.send = send_and_lose_one
+    run_rounds(sites, settings)
+    rows = summarise(Path(settings.out) / "events.jsonl")["rounds"]
+    assert [row["num_updates"] for row in rows] == [3, 2]

@@ -122,3 +122,51 @@ def test_a_header_whose_shapes_contradict_its_rank_is_refused(tmp_path: Path) ->
     body = struct.pack("<4sHI", MAGIC, VERSION, len(raw)) + raw + message[10 + length : -32]
     with pytest.raises(WireError, match="in rank 4"):
         open_update(store(tmp_path, body + hashlib.sha256(body).digest()))
+
+
+def forged(change: dict[str, object]) -> bytes:
+    """A message whose header was changed and whose checksum is right."""
+    import hashlib
+
+    message = encode(adapter(), dtype="float32", base_model="m")
+    length = struct.unpack_from("<I", message, 6)[0]
+    header = json.loads(message[10 : 10 + length]) | change
+    raw = json.dumps(header).encode()
+    body = struct.pack("<4sHI", MAGIC, VERSION, len(raw)) + raw + message[10 + length : -32]
+    return body + hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": float("inf")},
+        {"rank": 3.0},
+        {"rank": True},
+        {"rank": 10**9},
+        {"alpha": float("nan")},
+        {"alpha": float("inf")},
+        {"alpha": 1e300},
+        {"alpha": "6"},
+        {"dtype": ["float32"]},
+        {"tensors": 5},
+        {"tensors": [[5, [8, 3]]]},
+        {"tensors": [["layers.0.q_proj.B", [8.0, 3]]]},
+        {"tensors": [["layers.0.q_proj.B", [8]]]},
+        {"tensors": [["layers.0.q_proj.B", [8, 3]]]},
+    ],
+)
+def test_a_hostile_header_is_a_wire_error_and_nothing_else(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    with pytest.raises(WireError) as caught:
+        open_update(store(tmp_path, forged(change)))
+    assert len(str(caught.value)) < 400
+
+
+def test_a_header_nested_without_end_is_a_wire_error(tmp_path: Path) -> None:
+    import hashlib
+
+    raw = b"[" * 200_000
+    body = struct.pack("<4sHI", MAGIC, VERSION, len(raw)) + raw
+    with pytest.raises(WireError, match="not readable"):
+        open_update(store(tmp_path, body + hashlib.sha256(body).digest()))
