@@ -47,6 +47,14 @@ class CommandError(FedgeError):
 
 
 @dataclass(frozen=True)
+class Job:
+    """A command, and what it makes in one step (removed before the command is run again)."""
+
+    command: Sequence[str]
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
 class Finished:
     """What one command cost, and the JSON object it printed (empty when it prints none)."""
 
@@ -144,19 +152,16 @@ class Commands:
         self._remember(done)
         return done
 
-    def run_in_lanes(
-        self, commands: Mapping[str, Sequence[str]], outputs: Mapping[str, Path] | None = None
-    ) -> dict[str, Finished]:
+    def run_in_lanes(self, jobs: Mapping[str, Job]) -> None:
         """Run independent commands two at a time, each with half of the cores."""
         threads = max(1, (os.cpu_count() or 2) // 2)
         with ThreadPoolExecutor(max_workers=2) as lanes:
-            futures = {
-                name: lanes.submit(
-                    self.run, name, command, threads=threads, output=(outputs or {}).get(name)
-                )
-                for name, command in commands.items()
-            }
-            return {name: future.result() for name, future in futures.items()}
+            futures = [
+                lanes.submit(self.run, name, job.command, threads=threads, output=job.output)
+                for name, job in jobs.items()
+            ]
+            for future in futures:
+                future.result()
 
     def _remember(self, done: Finished) -> None:
         """Note that a command is done, on disk before this returns."""
