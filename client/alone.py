@@ -55,39 +55,39 @@ def train_alone(
     }
     # The digests of private text stay in the work directory; they are not in the lineage.
     work = Work(out, {**parameters, "data": [sha256_of_file(path) for path in data]})
-    work.begin()
-    model = add_adapter(load_model(base_model, settings.dtype), adapter)
-    with progress_bar(f"training {out.name}", settings.num_steps) as advance:
+    with work:
+        model = add_adapter(load_model(base_model, settings.dtype), adapter)
+        with progress_bar(f"training {out.name}", settings.num_steps) as advance:
 
-        def record(step: Step) -> None:
-            work.record(step)
-            advance(f"loss {step.loss:.3f}")
+            def record(step: Step) -> None:
+                work.record(step)
+                advance(f"loss {step.loss:.3f}")
 
-        train(
-            model,
-            _interleave(per_file, settings),
-            settings.model_copy(update={"accumulation": settings.accumulation * len(data)}),
-            pad_id=padding_id(tokenizer),
-            checkpoints=work.checkpoints,
-            on_step=record,
+            train(
+                model,
+                _interleave(per_file, settings),
+                settings.model_copy(update={"accumulation": settings.accumulation * len(data)}),
+                pad_id=padding_id(tokenizer),
+                checkpoints=work.checkpoints,
+                on_step=record,
+            )
+        steps = work.steps()
+        trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
+        building = out.with_name(f".{out.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        write_adapter(building, trained, base_model.name)
+        result = _summary(steps)
+        write_lineage(
+            building,
+            stage="train",
+            directories={"base_model": base_model},
+            digests={},
+            parameters=parameters,
+            metrics=result,
         )
-    steps = work.steps()
-    trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    write_adapter(building, trained, base_model.name)
-    result = _summary(steps)
-    write_lineage(
-        building,
-        stage="train",
-        directories={"base_model": base_model},
-        digests={},
-        parameters=parameters,
-        metrics=result,
-    )
-    building.replace(out)
-    work.remove()
-    return {"out": str(out), **result, "steps": steps}
+        building.replace(out)
+        work.remove()
+        return {"out": str(out), **result, "steps": steps}
 
 
 def evaluate_alone(

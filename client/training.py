@@ -9,16 +9,19 @@ Shape letters: B records, T tokens, D hidden, N learned positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from client.batches import IGNORED, Example, batches_of_like_length, collate
 from client.settings import TrainingSettings
+from federation.errors import FedgeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     """Model and batch to the mean loss over the batch's learned positions (a float32 scalar)."""
 
 Item = TypeVar("Item")
+
+
+class TrainingError(FedgeError):
+    """Training went astray."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ def train(
         loss_function: Default: cross-entropy of the response.
         checkpoints: Directory for checkpoints.
         on_step: Called after each step, for a progress bar or an event log.
+
+    Raises:
+        TrainingError: A step's loss is not finite.
     """
     expected = settings.num_steps * settings.accumulation * settings.batch_size
     if len(examples) != expected:
@@ -135,7 +145,9 @@ def learned_positions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple
     decoder = decoder_of(model)
     dtype = decoder.lm_head.weight.dtype
     # Over a bfloat16 base the float32 factors are multiplied in bfloat16 too: a fifth faster.
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    # Over a float32 one nothing is said here, so that a caller's own autocast holds.
+    narrow = nullcontext() if dtype == torch.float32 else torch.autocast(model.device.type, dtype)
+    with narrow:
         output = decoder.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         )
@@ -204,6 +216,11 @@ def _build_trainer(
             if "loss" not in logs:
                 return
             now = time.perf_counter()
+            if not math.isfinite(logs["loss"]):
+                raise TrainingError(
+                    f"the loss of step {self.state.global_step} is {logs['loss']}: lower the "
+                    "learning rate, or look for damaged records"
+                )
             step = Step(
                 step=self.state.global_step,
                 loss=logs["loss"],
@@ -235,6 +252,7 @@ def _build_trainer(
         save_steps=max(settings.checkpoint_every, 1),
         save_total_limit=2,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # with it a loss that is NaN is logged as 0
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

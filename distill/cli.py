@@ -77,13 +77,16 @@ def distill(
 def _settings(path: Path | None, flags: dict[str, Any]) -> Any:
     """Return the defaults, changed by the file, changed by the flags."""
     from distill.settings import DistillationSettings
-    from federation.settings import load_settings, read_toml
+    from federation.settings import SettingsError, load_settings, read_toml
 
     values = DistillationSettings().model_dump()
     training = values.pop("training")
     if path is not None:
         from_file = read_toml(path)
-        training |= from_file.pop("training", {})
+        table = from_file.pop("training", {})
+        if not isinstance(table, dict):
+            raise SettingsError(f"{path}: training is {table!r}: expected a table, [training]")
+        training |= table
         values |= from_file
     given = {name: value for name, value in flags.items() if value is not None}
     flat = {f"training.{name}": value for name, value in training.items()}

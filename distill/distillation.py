@@ -78,18 +78,18 @@ def distil(inputs: Inputs, settings: DistillationSettings) -> dict[str, Any]:
         if inputs.adapter
         else load_model(inputs.teacher, dtype)
     )
-    work.begin()
-    report, student = _teach(
-        teacher,
-        plan,
-        training_examples,
-        heldout_examples,
-        settings,
-        pad_id=padding_id(tokenizer),
-        work=work,
-    )
-    _write(inputs, student, report, digests, parameters)
-    work.remove()
+    with work:
+        report, student = _teach(
+            teacher,
+            plan,
+            training_examples,
+            heldout_examples,
+            settings,
+            pad_id=padding_id(tokenizer),
+            work=work,
+        )
+        _write(inputs, plan, student, report, digests, parameters)
+        work.remove()
     return report
 
 
@@ -244,6 +244,7 @@ def _report(
 
 def _write(
     inputs: Inputs,
+    plan: Plan,
     student: PreTrainedModel,
     report: dict[str, Any],
     digests: dict[str, str],
@@ -254,6 +255,8 @@ def _write(
     directories = {"teacher": inputs.teacher}
     if inputs.adapter:
         directories["adapter"] = inputs.adapter
+    if plan.directory is not None:
+        directories["student"] = plan.directory
     with new_directory(inputs.out) as building:
         student.save_pretrained(building)
         for pattern in COPIED:
@@ -273,11 +276,12 @@ def _write(
 
 def _digests(inputs: Inputs, plan: Plan) -> dict[str, str]:
     """Return the sha256 of everything that is read, by role."""
-    digests = {"teacher_weights": model_digest(inputs.teacher)}
+    digests = {"teacher_model": model_digest(inputs.teacher)}
     if plan.directory is not None:
-        digests["student_weights"] = model_digest(plan.directory)
+        digests["student_model"] = model_digest(plan.directory)
     if inputs.adapter is not None:
-        digests["adapter_weights"] = sha256_of_file(inputs.adapter / ADAPTER_WEIGHTS)
+        for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+            digests[name] = sha256_of_file(inputs.adapter / name)
     for role, paths in (("data", inputs.data), ("heldout", inputs.heldout)):
         for number, path in enumerate(paths, start=1):
             digests[f"{role}_{number}"] = sha256_of_file(path)

@@ -103,6 +103,8 @@ def _empty_student(teacher: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     values.pop("layer_types", None)
     values.pop("_model_name_or_path", None)
     config = type(teacher.config).from_dict(values)
+    # A config file does not hold how attention is computed: take over what load_model chose.
+    config._attn_implementation = teacher.config._attn_implementation
     return type(teacher)(config).to(teacher.dtype)
 
 

@@ -197,7 +197,7 @@ def choose(candidates: Sequence[Shape], score: Callable[[Shape], float]) -> list
 def _frames(teacher: Shape) -> Iterator[Shape]:
     """Yield every legal combination of depth, hidden width and heads, with the smallest MLP."""
     step = _step(teacher.intermediate)
-    # The first and the last layer do most of the work (block influence .99 and .95 in SmolLM2).
+    # The first and the last layer do most of the work (block influence .98 and .35 in SmolLM2).
     for num_layers in range(min(2, teacher.num_layers), teacher.num_layers + 1):
         for hidden in _widths(teacher.hidden):
             for num_kv_heads in range(1, teacher.num_kv_heads + 1):

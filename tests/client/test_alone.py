@@ -8,6 +8,7 @@ import torch
 
 from client import alone
 from client.settings import TrainingSettings
+from client.work import Work
 from federation.adapter import read_adapter
 from federation.errors import UserError
 from federation.settings import AdapterSettings
@@ -105,3 +106,9 @@ def test_training_leaves_nothing_in_the_current_directory(
     monkeypatch.chdir(here)
     train(data, tiny_model, tmp_path / "out")
     assert not list(here.iterdir())
+
+
+def test_two_processes_do_not_share_an_output(tmp_path: Path) -> None:
+    second = Work(tmp_path / "out", {"a": 1})
+    with Work(tmp_path / "out", {"a": 1}), pytest.raises(UserError, match="another process works"):
+        second.__enter__()

@@ -9,7 +9,14 @@ from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer
 from client.records import read_records
 from client.settings import TrainingSettings
-from client.training import Step, draw, response_cross_entropy, train
+from client.training import (
+    Step,
+    TrainingError,
+    draw,
+    learned_positions,
+    response_cross_entropy,
+    train,
+)
 from federation.adapter import initial_adapter
 from tests.conftest import write_records
 
@@ -147,3 +154,41 @@ def test_evaluation_is_the_mean_over_tokens_whatever_the_batches(
         assert result.loss == pytest.approx(total / count, rel=1e-5)
         assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
         assert result.token_accuracy == correct / count
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    def broken(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return response_cross_entropy(model, batch) * float("nan")
+
+    with pytest.raises(TrainingError, match="the loss of step 1 is nan"):
+        train(adapted(tiny_model), examples[:12], SETTINGS, pad_id=0, loss_function=broken)
+
+
+def test_a_callers_autocast_holds_over_a_float32_model(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    model, seen = load_model(tiny_model, "float32"), []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.dtype)
+    )
+    batch = collate(examples[:2], pad_id=0)
+    learned_positions(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        learned_positions(model, batch)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_recomputed_activations_give_the_same_gradients(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    results = []
+    for recomputed in (False, True):
+        model = adapted(tiny_model)
+        settings = SETTINGS.model_copy(update={"gradient_checkpointing": recomputed})
+        (*_, last) = train(model, examples[:12], settings, pad_id=0)
+        results.append((last.loss, trained(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], weight)

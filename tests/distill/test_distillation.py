@@ -79,7 +79,7 @@ def test_student_directory_is_whole_and_closer_to_the_teacher(
     statement = json.loads((out / "lineage.json").read_text())
     assert statement["predicate"]["stage"] == "distill"
     assert {material["name"] for material in statement["predicate"]["materials"]} == {
-        *("teacher", "teacher_weights", "data_1"),
+        *("teacher", "teacher_model", "data_1"),
     }
     assert "model.safetensors" in {subject["name"] for subject in statement["subject"]}
 
