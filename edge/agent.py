@@ -93,9 +93,21 @@ def free_bytes_of(path: Path) -> int:
 
 
 def probe_build(build: Path, release: Release) -> ProbeResult:
-    """Load a build with the runtime it is for and let it answer the release's prompt."""
+    """Load a build with the runtime it is for and let it answer the release's prompt.
+
+    Raises:
+        ImportError: This device lacks the runtime, or has one that cannot be used.
+        EdgeError: The build does not load or does not answer.
+    """
+    from edge.llama import LlamaError, load_library
     from edge.runtime import open_runtime
 
+    if release.runtime == "llama.cpp":
+        # Before the build is opened: afterwards a missing library reads like a broken build.
+        try:
+            load_library()
+        except (LlamaError, AttributeError) as error:
+            raise ImportError(str(error)) from error
     message = {"role": "user", "content": release.probe.prompt}
     with open_runtime(build) as runtime:
         result = runtime.generate([message], max_tokens=release.probe.max_tokens)
@@ -122,7 +134,8 @@ class Agent:
         Raises:
             VerificationError: What is offered is not what a pinned key signed, or is older.
             EdgeError: It failed otherwise: no registry, no space, or a probe that gave no tokens.
-                In each case the running release is the same as before.
+                The running release is the same as before, unless the disk failed after the
+                switch: then the message says which release runs.
         """
         with self._locked():
             state = self._recover()
@@ -160,9 +173,14 @@ class Agent:
             with exclusive(self.device_dir / ".lock"):
                 yield
         except OSError as error:
-            raise EdgeError(
-                f"{self.device_dir}: {error}; the running build is unchanged"
-            ) from error
+            raise EdgeError(f"{self.device_dir}: {error}; {self._running_now()}") from error
+
+    def _running_now(self) -> str:
+        """Say what `current` names at this moment: a fault may come before the switch or after."""
+        try:
+            return f"`current` names release {(self.device_dir / 'current').readlink().parts[-2]}"
+        except (OSError, IndexError):
+            return "`current` names no release"
 
     @property
     def _releases(self) -> Path:
@@ -199,7 +217,14 @@ class Agent:
         kept = kept_releases(state)
         for entry in self._releases.iterdir():
             if entry.is_dir() and entry.name.removeprefix(".").removesuffix(".tmp") not in kept:
-                shutil.rmtree(entry)
+                self._drop(entry)
+
+    def _drop(self, entry: Path) -> None:
+        """Delete what nothing refers to; what stays costs space, and is tried again next time."""
+        try:
+            shutil.rmtree(entry)
+        except OSError as error:
+            self.on_step(f"could not delete {entry}: {error.strerror}")
 
     def _running(self, state: State) -> Release | None:
         return None if state.current is None else _read_slot(self._slot(state.current))
@@ -267,13 +292,23 @@ class Agent:
         return num_bytes
 
     def _try(self, state: State, release: Release) -> ProbeResult:
-        """Let the release generate, and switch to it if it does."""
+        """Let the release generate, and switch to it if it does.
+
+        What the device lacks (a library, memory, a readable disk) says nothing about the release:
+        that attempt is taken back, and the next check tries again.
+        """
+        before = state
         state = self._save(begin_trial(state), f"probing {release}")
         try:
             result = self.probe(self._slot(release.digest) / "build", release)
+        except (ImportError, MemoryError, OSError) as error:
+            self._save(before, f"could not probe {release}")
+            raise EdgeError(
+                f"{release} cannot be probed on this device, the running build stays and the next "
+                f"check tries again: {_reason(error)}"
+            ) from error
         except Exception as error:  # a bad build may fail in any way: survive it, and say how
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise self._reject(state, release, f"its probe failed: {reason}") from error
+            raise self._reject(state, release, f"its probe failed: {_reason(error)}") from error
         if result.num_tokens < 1:
             raise self._reject(state, release, "its probe generated no tokens")
         self._settle(self._save(commit(state), f"proved {release}"))
@@ -301,6 +336,10 @@ def release_of(build: Path, public_keys: Sequence[Ed25519PublicKey] = ()) -> Rel
     if public_keys:
         open_release((slot / "release.dsse").read_bytes(), public_keys)
     return _read_slot(slot)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _link_target(digest: str) -> Path:

@@ -44,6 +44,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield building
         for file in building.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes files that only their owner can read
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         building.replace(path)

@@ -6,13 +6,13 @@ answer is thrown away; medians over the repeats are reported, because a busy mac
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge.chat import Message
+from edge.child_process import run_child
 from edge.errors import EdgeError, UserError
 from edge.manifest import read_manifest
 from edge.runtime import Runtime, load_model
@@ -71,6 +71,7 @@ def run_benchmark(
         UserError: The build is missing or damaged, or a number is out of range.
         BenchmarkError: The child died.
     """
+    build = build.resolve()  # a slot's `current` may be turned to another build meanwhile
     read_manifest(build)
     for name, value, least in (
         ("--prompt-tokens", prompt_tokens, 1),
@@ -80,12 +81,8 @@ def run_benchmark(
         if value < least:
             raise UserError(f"{name} is {value}: expected at least {least}")
     numbers = [str(number) for number in (prompt_tokens, max_tokens, repeats, threads or 0)]
-    done = subprocess.run(
-        [sys.executable, "-m", "edge.benchmark", str(build), *numbers],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run_child(
+        [sys.executable, "-m", "edge.benchmark", str(build), *numbers], capture_output=True
     )
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == UserError.exit_code:
@@ -99,6 +96,7 @@ def measure(
     build: Path, prompt_tokens: int, max_tokens: int, repeats: int, threads: int | None
 ) -> Benchmark:
     """Measure ``build`` in this process; its peak memory includes what the process did before."""
+    build = build.resolve()
     manifest = read_manifest(build)
     started = time.perf_counter()
     with load_model(

@@ -9,10 +9,25 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from edge.errors import UserError
 
 Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
+
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template can raise when it runs: it is a program, and may add a number to a word."""
 
 
 class ChatError(UserError):
@@ -30,12 +45,8 @@ def render_chat(
         special_tokens: `bos_token` and `eos_token`, as templates name them.
 
     Raises:
-        ChatError: The template refuses the conversation, or is not a Jinja program.
+        ChatError: The template refuses the conversation, fails, or is not a Jinja program.
     """
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
@@ -52,6 +63,11 @@ def render_chat(
         )
     except jinja2.TemplateError as error:
         raise ChatError(f"the model's chat template refuses the conversation: {error}") from None
+    except TEMPLATE_ERRORS as error:
+        raise ChatError(
+            f"the model's chat template fails on the conversation ({type(error).__name__}: "
+            f"{error}): mend the template and build again"
+        ) from None
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
@@ -60,8 +76,6 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) 
 
 
 def _refuse(message: str) -> NoReturn:
-    import jinja2
-
     raise jinja2.TemplateError(message)
 
 

@@ -10,6 +10,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from edge.chat import TEMPLATE_ERRORS
 from edge.errors import UserError
 
 MAX_EXAMPLE_TOKENS = 512
@@ -76,7 +77,8 @@ def encode_examples(
         num_tokens: How many response tokens to score in all; what lies beyond is left out.
 
     Raises:
-        DataError: No prompt leaves room for a response.
+        DataError: No prompt leaves room for a response, or the chat template refuses a record or
+            does not begin the whole turn with the prompt.
     """
     examples: list[Example] = []
     left = num_tokens
@@ -100,12 +102,30 @@ def encode_examples(
 def _encode(prompt: str, response: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     user = [{"role": "user", "content": prompt}]
     turn = [*user, {"role": "assistant", "content": response}]
-    before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(turn, tokenize=False)
+    try:
+        before = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turn, tokenize=False)
+    except TEMPLATE_ERRORS as error:
+        raise DataError(
+            f"the model's chat template cannot render a prompt and its response "
+            f"({type(error).__name__}): mend the template"
+        ) from None
+    if not whole.startswith(before):
+        raise DataError(
+            "the model's chat template begins a finished turn otherwise than the prompt it asks to "
+            "be continued (some add <think> there), so that no response can be scored: use a "
+            "template whose generation prompt is how the assistant's turn begins"
+        )
     # The end of turn is scored too; a newline that the template writes after it is not.
     answer = whole[len(before) :].rstrip("\n")
-    encode = tokenizer.encode
-    return encode(before, add_special_tokens=False), encode(answer, add_special_tokens=False)
+    prompt_ids = tokenizer.encode(before, add_special_tokens=False)
+    response_ids = tokenizer.encode(answer, add_special_tokens=False)
+    if not prompt_ids or not response_ids:
+        raise DataError(
+            "the model's chat template leaves no token of a prompt or of a response, so that there "
+            "is nothing to score: use a template that writes both"
+        )
+    return prompt_ids, response_ids
 
 
 def _iterate(path: Path) -> Iterator[tuple[str, str]]:

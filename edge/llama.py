@@ -88,6 +88,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 _errors: list[str] = []
+"""The last complaint of the call under way: cleared before each call that can fail."""
 
 
 def _keep_error(level: int, text: bytes, _user: object) -> None:
@@ -155,6 +156,7 @@ class Llama:
             LlamaError: The file is missing, damaged, or of a kind llama.cpp does not know.
         """
         self._library = load_library()
+        _errors.clear()
         self._model = self._library.llama_model_load_from_file(
             os.fsencode(path), self._library.llama_model_default_params()
         )
@@ -173,6 +175,7 @@ class Llama:
         parameters = self._library.llama_context_default_params()
         sizes = (self.context_tokens, _BATCH_TOKENS, _BATCH_TOKENS)
         struct.pack_into("<III", parameters.bytes, 0, *sizes)
+        _errors.clear()
         context = self._library.llama_init_from_model(self._model, parameters)
         if not context:
             self._library.llama_model_free(self._model)
@@ -184,6 +187,8 @@ class Llama:
             or library.llama_n_batch(context) < min(_BATCH_TOKENS, self.context_tokens)
             or library.llama_n_ubatch(context) > _BATCH_TOKENS
         ):
+            library.llama_free(context)
+            library.llama_model_free(self._model)
             raise LlamaError(
                 "this xllamacpp lays out llama.cpp's parameters in another way: "
                 "install the version in constraints.txt"
@@ -305,6 +310,7 @@ class Llama:
             batch.n_seq_id[row] = 1
             batch.seq_id[row][0] = 0
             batch.logits[row] = row in wanted
+        _errors.clear()
         status = self._library.llama_decode(self._context, batch)
         if status:
             raise LlamaError(f"llama.cpp could not decode (status {status}: {_last_error()})")

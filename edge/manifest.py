@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from edge.errors import UserError
+from edge.lineage import is_safe_name
 
 MANIFEST = "manifest.json"
 
@@ -19,6 +20,12 @@ RuntimeName = Literal["llama.cpp", "onnxruntime-genai"]
 
 class BuildError(UserError):
     """A build directory is missing, incomplete or damaged."""
+
+
+def _inside_build(name: str) -> str:
+    if name != "." and not is_safe_name(name):
+        raise ValueError("expected a name inside the build directory")
+    return name
 
 
 class _Frozen(BaseModel):
@@ -54,8 +61,8 @@ class BuildManifest(_Frozen):
     """As asked for: gguf:q4_k, onnx:int4."""
     runtime: RuntimeName
     """What opens it."""
-    model: str
-    """The file or directory inside the build directory that the runtime loads."""
+    model: Annotated[str, AfterValidator(_inside_build)]
+    """The file or directory inside the build directory that the runtime loads; `.` is all of it."""
     bytes: Annotated[int, Field(gt=0)]
     """Of all files that the runtime loads."""
     architecture: str

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from edge.child_process import run_child
 from edge.errors import EdgeError
 
 PRECISIONS = ("fp32", "int4")
@@ -26,8 +27,8 @@ class OnnxBuilderError(EdgeError):
 def build_onnx(model: Path, precision: str, out: Path) -> dict[str, int]:
     """Write an onnxruntime-genai model directory and return how many tensors of each type it has.
 
-    ``int4`` is `k_quant_mixed`: 4-bit blocks with the sensitive matrices in 8 bits (about half the
-    divergence of the builder's default on SmolLM2-135M: docs/decisions/0004-gguf-written-by-us.md).
+    ``int4`` is `k_quant_mixed`: 4-bit blocks with the sensitive matrices in 8 bits (less divergence
+    than the builder's default: docs/decisions/0004-gguf-written-by-us.md has the figures).
 
     Args:
         model: A model directory whose tokenizer and weights transformers can load.
@@ -43,15 +44,11 @@ def build_onnx(model: Path, precision: str, out: Path) -> dict[str, int]:
         if precision == "int4":
             command += ["--extra_options", "algo_config=k_quant_mixed"]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": cache}
-        done = subprocess.run(
+        done = run_child(
             command,
             env={**os.environ, **offline},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
         )
     if done.returncode or not (out / MODEL_FILE).is_file():
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -66,6 +67,7 @@ class Source(Protocol):
 
         Raises:
             RegistryError: There are none.
+            VerificationError: What is there is no file.
         """
 
 
@@ -85,7 +87,7 @@ class Layout:
     def blob(self, sha256: str) -> Iterator[bytes]:
         """Yield a blob in pieces of at most 1 MiB; see ``Source``."""
         try:
-            with self.blob_path(sha256).open("rb") as file:
+            with _open_file(self.blob_path(sha256)) as file:
                 while piece := file.read(_PIECE_BYTES):
                     yield piece
         except OSError as error:
@@ -124,7 +126,7 @@ class Layout:
         """Read a small blob by its descriptor; damage shows here before a signature is judged."""
         kind, _, sha256 = str(descriptor.get("digest")).partition(":")
         if kind != "sha256" or not is_sha256(sha256):
-            raise VerificationError(f"{self.path} names a blob by {kind!r}, expected a sha256")
+            raise VerificationError(f"{self.path} names a blob by {kind[:64]!r}, expected a sha256")
         try:
             content = _read_at_most(self.blob_path(sha256), max_bytes)
         except OSError as error:
@@ -188,11 +190,13 @@ def push(
         tag: The tag to move, for example "stable".
         key: The publisher's key.
         channel: Which devices act on it: those whose device.toml names this channel.
-        sequence: Grows with each release; None takes one more than the registry's last.
+        sequence: Grows with each release; None takes one more than the highest that the
+            registry lists for the channel, under a tag or displaced from one.
         probe: What a device asks the build before it trusts it.
 
     Raises:
-        UserError: The build is not one, or a field of the release is out of range.
+        UserError: The build is not one, a field of the release is out of range, or the tag
+            belongs to another channel.
         VerificationError: A file is not what the build's lineage says.
     """
     from edge.manifest import read_manifest  # pydantic: a device that only reads does without
@@ -215,11 +219,12 @@ def push(
         raise UserError(f"{build} cannot be released: {error}") from None
     layout = Layout(registry)
     with exclusive(registry / ".lock"):
+        listed = _listed(layout, key.public_key())
+        _check_channel(listed, f"{registry}:{tag}", tag, channel)
         if sequence is None:
-            last = _last_sequence(layout, channel, key.public_key())
-            release = replace(release, sequence=last + 1)
+            release = replace(release, sequence=_last_sequence(listed, channel) + 1)
         num_bytes_copied = sum(_store(layout, build, file) for file in release.files)
-        _publish(layout, tag, release, sign(release, key))
+        _publish(layout, tag, release, sign(release, key), listed)
     return Pushed(release, num_bytes_copied)
 
 
@@ -231,20 +236,51 @@ def _files_of(build: Path) -> tuple[ReleaseFile, ...]:
     )
 
 
-def _last_sequence(layout: Layout, channel: str, key: Ed25519PublicKey) -> int:
-    """Return the highest sequence that this key released on ``channel``; 0 if it never did."""
+@dataclass(frozen=True)
+class _Listed:
+    """One manifest that the index lists, under a tag or displaced from one."""
+
+    entry: dict[str, Any]
+    release: Release | EdgeError
+    """The release, or why it cannot be read with the publisher's key."""
+
+
+def _listed(layout: Layout, key: Ed25519PublicKey) -> list[_Listed]:
     if not (layout.path / "index.json").exists():
-        return 0
-    last = 0
+        return []
+    listed = []
     for entry in layout.index()["manifests"]:
+        release: Release | EdgeError
         try:
             release = open_release(layout.envelope_of(entry), [key])
-        except VerificationError as error:
+        except (RegistryError, VerificationError) as error:
+            release = error
+        listed.append(_Listed(entry, release))
+    return listed
+
+
+def _check_channel(listed: list[_Listed], reference: str, tag: str, channel: str) -> None:
+    """Refuse to take a tag from a channel: its devices would refuse what they then find there."""
+    for one in listed:
+        if _tag_of(one.entry) != tag or not isinstance(one.release, Release):
+            continue
+        if one.release.channel != channel:
             raise UserError(
-                f"the next sequence cannot be told, because {error}; name it with --sequence"
-            ) from None
-        if release.channel == channel:
-            last = max(last, release.sequence)
+                f"{reference} belongs to channel {one.release.channel!r}, not {channel!r}: "
+                "push to another tag"
+            )
+
+
+def _last_sequence(listed: list[_Listed], channel: str) -> int:
+    """Return the highest sequence that was released on ``channel``; 0 if none ever was."""
+    last = 0
+    for one in listed:
+        if isinstance(one.release, EdgeError):
+            raise UserError(
+                f"the next sequence cannot be told, because {one.release}; name it with --sequence"
+            )
+        if one.release.channel == channel:
+            last = max(last, one.release.sequence)
     return last
 
 
@@ -273,8 +309,14 @@ def _store(layout: Layout, build: Path, file: ReleaseFile) -> int:
     return file.size
 
 
-def _publish(layout: Layout, tag: str, release: Release, envelope: bytes) -> None:
-    """Write envelope and manifest, then let the index name them: readers see all or nothing."""
+def _publish(
+    layout: Layout, tag: str, release: Release, envelope: bytes, listed: list[_Listed]
+) -> None:
+    """Write envelope and manifest, then let the index name them: readers see all or nothing.
+
+    What the tag named before stays listed without it, so that its sequence is not given again.
+    Without a tag only what this key signed is kept: the rest would ask for --sequence for ever.
+    """
     manifest = {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -284,16 +326,23 @@ def _publish(layout: Layout, tag: str, release: Release, envelope: bytes) -> Non
     entry = _write_document(layout, MANIFEST_TYPE, _encode(manifest))
     entry["annotations"] = {TAG_ANNOTATION: tag}
     index = layout.path / "index.json"
-    entries = layout.index()["manifests"] if index.exists() else []
-    others = [one for one in entries if _tag_of(one) != tag]
+    others = [one.entry for one in listed if _tag_of(one.entry) not in {None, tag}]
+    others += [
+        {name: value for name, value in one.entry.items() if name != "annotations"}
+        for one in listed
+        if _tag_of(one.entry) in {None, tag}
+        and isinstance(one.release, Release)
+        and one.entry["digest"] != entry["digest"]
+    ]
     write_atomically(layout.path / "oci-layout", '{"imageLayoutVersion": "1.0.0"}')
     document = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, entry]}
     write_atomically(index, _encode(document))
 
 
-def _tag_of(entry: dict[str, Any]) -> object:
+def _tag_of(entry: dict[str, Any]) -> str | None:
     annotations = entry.get("annotations")
-    return annotations.get(TAG_ANNOTATION) if isinstance(annotations, dict) else None
+    tag = annotations.get(TAG_ANNOTATION) if isinstance(annotations, dict) else None
+    return tag if isinstance(tag, str) else None
 
 
 def _layer(file: ReleaseFile) -> dict[str, Any]:
@@ -326,8 +375,17 @@ def _parse(content: bytes, where: str) -> dict[str, Any]:
     return document
 
 
+def _open_file(path: Path) -> BinaryIO:
+    """Open a regular file, and nothing else: a pipe would keep its reader waiting for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise VerificationError(f"{path} is no regular file: the registry is damaged")
+    return os.fdopen(descriptor, "rb")
+
+
 def _read_at_most(path: Path, max_bytes: int) -> bytes:
-    with path.open("rb") as file:
+    with _open_file(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise VerificationError(f"{path} has more than {max_bytes:,} bytes")

@@ -29,6 +29,8 @@ RELEASE_TYPE = "urn:fedge:release:v1"
 PAYLOAD_TYPE = "application/vnd.fedge.release.v1+json"
 MAX_ENVELOPE_BYTES = 1 << 20
 """2,000 files of one release take about 400 KB; a device reads no more before it trusts."""
+_MAX_QUOTED = 64
+"""Characters that an error repeats of what nobody signed."""
 _MAX_FILES = 2_000
 _MAX_SIZE = 1 << 40
 _MAX_SEQUENCE = (1 << 53) - 1  # the largest integer every JSON reader keeps
@@ -196,7 +198,7 @@ def open_release(envelope: bytes, public_keys: Sequence[Ed25519PublicKey]) -> Re
     keys = {key_id(key): key for key in public_keys}
     known = [(keys[name], signature) for name, signature in signatures if name in keys]
     if not known:
-        signers = ", ".join(name[:12] for name, _ in signatures) or "nobody"
+        signers = ", ".join(name[:12] for name, _ in signatures)[:_MAX_QUOTED] or "nobody"
         pinned = ", ".join(name[:12] for name in keys) or "none"
         raise VerificationError(f"the release is signed by {signers}; pinned keys: {pinned}")
     for key, signature in known:
@@ -229,7 +231,8 @@ def _split(envelope: bytes) -> tuple[bytes, list[tuple[str, bytes]]]:
     try:
         document: dict[str, Any] = json.loads(envelope)
         if document["payloadType"] != PAYLOAD_TYPE:
-            raise ValueError(f"payloadType {document['payloadType']!r}: expected {PAYLOAD_TYPE!r}")
+            seen = repr(document["payloadType"])[:_MAX_QUOTED]
+            raise ValueError(f"payloadType {seen}: expected {PAYLOAD_TYPE!r}")
         signatures = [
             (one["keyid"], base64.b64decode(one["sig"], validate=True))
             for one in document["signatures"]

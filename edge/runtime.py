@@ -96,6 +96,7 @@ class Runtime(Protocol):
 
         Raises:
             UserError: The conversation and ``max_tokens`` do not fit the context.
+            BuildError: The model's logits are not finite numbers.
         """
         ...
 
@@ -110,6 +111,7 @@ def open_runtime(build: Path, threads: int | None = None) -> Runtime:
     Raises:
         BuildError: It is missing, damaged, or its runtime cannot load it.
     """
+    build = build.resolve()  # a slot's `current` may be turned to another build meanwhile
     manifest = read_manifest(build)
     return load_model(manifest.runtime, build / manifest.model, manifest.context_tokens, threads)
 
@@ -190,7 +192,9 @@ class LlamaRuntime:
         pending = prompt
         while answer.num_tokens < max_tokens:
             (logits_V,) = self._llama.decode(pending, [len(pending) - 1])
+            _check_finite(logits_V)
             token = _choose(logits_V, temperature, rng)
+            answer.mark_choice()
             if self._llama.is_end(token) and not ignore_end:
                 return answer.finished("stop")
             answer.add(token, self._llama.piece(token))
@@ -271,8 +275,10 @@ class OnnxRuntime:
         )
         generator.append_tokens(np.asarray(prompt, dtype=np.int32))
         while answer.num_tokens < max_tokens:
+            _check_finite(generator.get_logits())
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
+            answer.mark_choice()
             if token in self._tokenizer.end_ids:
                 return answer.finished("stop")
             answer.add(token, self._tokenizer.piece(token))
@@ -303,21 +309,26 @@ class _Answer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text: list[str] = []
         self._token_ids: list[int] = []
-        self._start = self._first = self._last = started
+        self._start = self._last = started
+        self._first: float | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self._token_ids)
 
+    def mark_choice(self) -> None:
+        """Take the time of the first choice, which may be to end."""
+        if self._first is None:
+            self._first = time.perf_counter()
+
     def add(self, token: int, piece: bytes) -> None:
         self._last = time.perf_counter()
-        if not self._token_ids:
-            self._first = self._last
         self._token_ids.append(token)
         self._say(self._decoder.decode(piece))
 
     def finished(self, finish: str) -> Generation:
         self._say(self._decoder.decode(b"", final=True))
+        assert self._first is not None  # at least one token was asked for
         steps, seconds = self.num_tokens - 1, self._last - self._first
         return Generation(
             text="".join(self._text),
@@ -344,6 +355,12 @@ def _check_room(num_prompt: int, max_tokens: int, context_tokens: int) -> None:
             f"{num_prompt} prompt tokens and {max_tokens} to generate do not fit the context of "
             f"{context_tokens}: shorten the prompt or lower --max-tokens"
         )
+
+
+def _check_finite(logits: NDArray[np.float32]) -> None:
+    # The likeliest of NaNs is some token, so that a broken build would seem to answer.
+    if not np.isfinite(logits).all():
+        raise BuildError("the build's logits are not finite numbers: fetch or build it again")
 
 
 def _choose(logits_V: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:

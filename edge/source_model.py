@@ -33,6 +33,17 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
+_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
+"""Missing or null, they follow from the others."""
+_COMPARED_ROWS = 1024
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -157,7 +168,7 @@ def expected_shapes(model: SourceModel) -> dict[str, tuple[int, ...]]:
     config, head_dim = model.config, model.head_dim
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     wide = config["num_attention_heads"] * head_dim
-    narrow = config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
+    narrow = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head_dim
     one_layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (wide, hidden),
@@ -189,11 +200,23 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} does not exist: pass a model directory (Hugging Face layout)"
         )
     config = _read_json(directory / "config.json", f"{directory} is not a model directory")
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in (*needed, "vocab_size"):
-        if config.get("architectures") and not isinstance(config.get(key), int):
-            raise ModelError(f"{directory / 'config.json'}: '{key}' is missing: fetch it again")
+    if config.get("architectures"):
+        _check_numbers(config, directory / "config.json")
     return config
+
+
+def _check_numbers(config: dict[str, Any], place: Path) -> None:
+    for key in (*_COUNTS, *_OPTIONAL_COUNTS, "rms_norm_eps"):
+        value = config.get(key)
+        if value is None and key in _OPTIONAL_COUNTS:
+            continue
+        if value is None:
+            raise ModelError(f"{place}: '{key}' is missing: fetch the model again")
+        kinds = (int, float) if key == "rms_norm_eps" else (int,)
+        if not isinstance(value, kinds) or value <= 0:
+            raise ModelError(
+                f"{place}: '{key}' is {value!r}: expected a number above 0, fetch the model again"
+            )
 
 
 def _read_json(path: Path, meaning: str) -> dict[str, Any]:
@@ -262,6 +285,12 @@ def _check_features(model: SourceModel) -> None:
             f"{place}: use_sliding_window is true, which llama.cpp's {model.architecture} does not "
             "do: set it to false if the context fits max_position_embeddings"
         )
+    turned = model.rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if turned not in (None, 1):
+        raise ModelError(
+            f"{place}: partial_rotary_factor is {turned}: expected 1, heads that are turned in "
+            "part cannot be converted"
+        )
     kinds = (
         ("default", "linear", "llama3") if model.architecture == "llama" else ("default", "linear")
     )
@@ -295,6 +324,27 @@ def _check_tensors(model: SourceModel) -> None:
             f"{model.architecture} GGUF, the first is {unknown[0]}: merge adapters and remove "
             "extra heads before the build"
         )
+    if model.is_tied and "lm_head.weight" in model.tensors and not _heads_are_equal(model):
+        raise ModelError(
+            f"{model.directory}: tie_word_embeddings is true in config.json, but lm_head.weight is "
+            "not model.embed_tokens.weight: set it to false, or remove lm_head.weight"
+        )
+
+
+def _heads_are_equal(model: SourceModel) -> bool:
+    # transformers ties the two only if they are equal, and uses the head that is stored otherwise.
+    table, head = "model.embed_tokens.weight", "lm_head.weight"
+    if model.tensors[table].shape != model.tensors[head].shape:
+        return False
+    if model.tensors[head].dtype not in _BYTES:
+        return False
+    num_rows = model.tensors[table].shape[0]
+    places = range(0, num_rows, _COMPARED_ROWS)
+    stops = (min(start + _COMPARED_ROWS, num_rows) for start in places)
+    return all(
+        np.array_equal(model.rows(table, start, stop), model.rows(head, start, stop))
+        for start, stop in zip(places, stops, strict=True)
+    )
 
 
 def _ignorable(model: SourceModel) -> set[str]:

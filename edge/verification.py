@@ -31,7 +31,9 @@ class Problem:
     def __str__(self) -> str:
         digests = [f"expected sha256 {self.expected}"] if self.expected else []
         digests += [f"found sha256 {self.seen}"] if self.seen else []
-        return f"{self.artefact}: {self.file} {self.what}" + "".join(f", {one}" for one in digests)
+        # Names and roles come from foreign statements and directories.
+        text = f"{_plain(self.artefact)}: {_plain(self.file)} {_plain(self.what)}"
+        return text + "".join(f", {one}" for one in digests)
 
 
 @dataclass
@@ -48,13 +50,21 @@ class Walk:
     rehashed: dict[str, list[Path]] = field(default_factory=dict)
     """Directories (of statements) and files (of other materials) hashed and found whole."""
     problems: list[Problem] = field(default_factory=list)
+    digests: dict[Path, str] = field(default_factory=dict, repr=False)
+    """sha256 of each file read so far: rounds share file names, each is compared with all."""
+
+    def sha256_of(self, file: Path) -> str:
+        """Return the sha256 of a file, read once in this walk."""
+        if file not in self.digests:
+            self.digests[file] = sha256_of_file(file)
+        return self.digests[file]
 
     def label(self, sha256: str) -> str:
         """Return a name for people: role, round where there is one, first digits of the digest."""
         statement = self.statements.get(sha256)
         server_round = statement.parameters.get("server_round") if statement else None
-        of_round = "" if server_round is None else f" of round {server_round}"
-        return f"{self.roles.get(sha256, 'artefact')}{of_round} {sha256[:12]}"
+        of_round = "" if server_round is None else f" of round {_short(server_round)}"
+        return f"{_plain(self.roles.get(sha256, 'artefact'))}{of_round} {sha256[:12]}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the walk as one JSON object, nearest ancestor first."""
@@ -129,7 +139,7 @@ def _file_problems(walk: Walk, directory: Path, statement: Statement) -> list[Pr
         file = directory / name
         if not file.is_file():
             problems.append(Problem(artefact, name, "is missing", expected))
-        elif (seen := sha256_of_file(file)) != expected:
+        elif (seen := walk.sha256_of(file)) != expected:
             problems.append(Problem(artefact, name, "was changed", expected, seen))
     unlisted = sorted(set(subject_names(directory)) - set(statement.subjects))
     return problems + [Problem(artefact, name, "is not listed there") for name in unlisted]
@@ -224,14 +234,14 @@ def _directories(source: Path, skip: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _check_descendant(walk: Walk, directory: Path) -> None:
     """Hash a directory that carries an ancestor's statement, or its files under another one."""
-    seen = sha256_of_file(directory / "lineage.json")
+    seen = walk.sha256_of(directory / "lineage.json")
     for sha256, ancestor in walk.statements.items():
         if sha256 == seen != walk.root:
             _record(walk, directory, ancestor, _file_problems(walk, directory, ancestor))
         elif sha256 not in {walk.root, seen} and ancestor.stage != "external":
             files = [(directory / name, digest) for name, digest in ancestor.subjects.items()]
             if files and all(
-                file.is_file() and sha256_of_file(file) == digest for file, digest in files
+                file.is_file() and walk.sha256_of(file) == digest for file, digest in files
             ):
                 artefact = f"{walk.label(sha256)} ({directory})"
                 problem = Problem(artefact, "lineage.json", "was altered", sha256, seen)
@@ -278,7 +288,7 @@ def _material_key(file_name: str) -> str:
 
 def _check_material(walk: Walk, file: Path, wanted: set[str]) -> None:
     """Hash a file that by its name is one of the ``wanted`` materials."""
-    if (seen := sha256_of_file(file)) in wanted:
+    if (seen := walk.sha256_of(file)) in wanted:
         walk.rehashed.setdefault(seen, []).append(file)
     else:
         expected = min(wanted)
@@ -338,8 +348,8 @@ def _details(walk: Walk, statement: Statement) -> list[str]:
 
 
 def _whereabouts(walk: Walk, sha256: str) -> str:
-    places = walk.rehashed.get(sha256)
-    return f"hashed in {', '.join(map(str, places))}" if places else "known by digest"
+    places = [_plain(str(place)) for place in walk.rehashed.get(sha256, ())]
+    return f"hashed in {', '.join(places)}" if places else "known by digest"
 
 
 def _short(value: object) -> str:

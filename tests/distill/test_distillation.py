@@ -111,7 +111,7 @@ def test_weights_are_bfloat16_by_default_and_the_adapter_counts(
     assert abs(report["teacher"]["ce"] - alone["teacher"]["ce"]) > 0.01
     statement = json.loads((adapted.out / "lineage.json").read_text())
     names = {material["name"] for material in statement["predicate"]["materials"]}
-    assert {"teacher", "adapter", "adapter_weights"} <= names
+    assert {"teacher", "adapter", "adapter_model.safetensors"} <= names
 
 
 def test_a_student_directory_starts_from_its_own_weights(teacher: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge import slots
-from edge.agent import Agent, Outcome, ProbeResult
+from edge.agent import Agent, Outcome, ProbeResult, probe_build
 from edge.atomic import exclusive
 from edge.errors import EdgeError, UserError, VerificationError
 from edge.keys import generate_keys, read_private_key
+from edge.llama import load_library
 from edge.registry import Layout, RegistryError, push
 from edge.release import Release, ReleaseFile, sign
 from edge.slots import Action, State, decide
@@ -246,7 +248,7 @@ def rewrite_envelope(site: Site, envelope: bytes) -> None:
     from edge import registry
 
     layout = Layout(site.registry)
-    (entry,) = layout.index()["manifests"]
+    (entry,) = (one for one in layout.index()["manifests"] if "annotations" in one)
     manifest = json.loads(layout.blob_path(entry["digest"].removeprefix("sha256:")).read_bytes())
     before = layout.envelope("stable")
     manifest["config"] = registry._write_document(layout, registry.ENVELOPE_TYPE, envelope)
@@ -422,6 +424,49 @@ def test_a_first_release_that_fails_leaves_a_device_without_one(tmp_path: Path) 
     assert site.agent().check() == Outcome("held", None)
 
 
+@pytest.mark.parametrize(
+    "fault", [ImportError("no runtime"), MemoryError(), OSError(5, "input/output error")]
+)
+def test_a_fault_of_the_device_is_not_held_against_the_release(
+    site: Site, fault: Exception
+) -> None:
+    running = site.running()
+    release = site.publish(2)
+
+    def faulty(build: Path, release: Release) -> ProbeResult:
+        raise fault
+
+    for _ in range(4):  # more often than a release that kills its agent is tried
+        with pytest.raises(EdgeError, match="cannot be probed on this device") as caught:
+            site.agent(probe=faulty).check()
+        assert "\n" not in str(caught.value)
+        assert (site.state().attempts, site.state().bad) == (0, None)
+        assert site.running() == running
+    source = CountingLayout(site.registry)
+    assert site.agent(source=source).check().running == release
+    assert source.read == []
+
+
+def test_a_device_without_the_runtime_keeps_the_release_for_later(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = site.publish(2)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda _: None)
+        load_library.cache_clear()
+        with pytest.raises(EdgeError, match="xllamacpp is not installed"):
+            site.agent(probe=probe_build).check()
+    assert site.state().bad is None
+    assert site.agent().check().running == release
+
+
+def test_a_file_that_no_runtime_loads_is_held_against_the_release(site: Site) -> None:
+    release = site.publish(2)
+    with pytest.raises(EdgeError, match="its probe failed"):
+        site.agent(probe=probe_build).check()
+    assert site.state().bad == release.digest
+
+
 # Rollback -----------------------------------------------------------------------------------------
 
 
@@ -550,6 +595,70 @@ def test_a_lost_state_is_not_guessed(site: Site) -> None:
     (site.device / "state.json").write_text("{}}")
     with pytest.raises(UserError, match="restore it"):
         site.agent().check()
+
+
+def test_a_fault_after_the_switch_names_the_release_that_runs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = site.publish(2)
+
+    def fail(path: Path) -> None:
+        if path == site.device and (site.device / "current").resolve().parent.name != first:
+            raise OSError(5, "input/output error")
+
+    first = site.running()
+    monkeypatch.setattr("edge.agent.sync_directory", fail)
+    with pytest.raises(EdgeError, match=f"`current` names release {release.digest}$"):
+        site.agent().check()
+    assert site.running() == release.digest
+
+
+def test_a_file_that_cannot_be_deleted_stops_neither_check_nor_rollback(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = site.running()
+    stuck = site.device / "releases" / ("0" * 64)
+    stuck.mkdir()
+    delete = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if path == stuck:
+            raise PermissionError(1, "operation not permitted", str(path))
+        delete(path)
+
+    monkeypatch.setattr("edge.agent.shutil.rmtree", refuse)
+    release = site.publish(2)
+    steps: list[str] = []
+    assert site.agent(on_step=steps.append).check().running == release
+    assert f"could not delete {stuck}: operation not permitted" in steps
+    site.agent().roll_back()
+    assert site.running() == first
+
+
+@pytest.mark.parametrize("place", ["index.json", "weights"])
+def test_a_pipe_in_the_registry_does_not_keep_the_agent_waiting(site: Site, place: str) -> None:
+    running = site.running()
+    release = site.publish(2)
+    path = site.registry / "index.json" if place == "index.json" else site.weights(release)
+    path.unlink()
+    os.mkfifo(path)
+    script = (
+        "import sys; from pathlib import Path; from edge.registry import Layout\n"
+        "registry = Layout(Path(sys.argv[1]))\n"
+        "list(registry.blob(sys.argv[2])) if sys.argv[2] else registry.envelope('stable')"
+    )
+    blob = path.name if place == "weights" else ""
+    done = subprocess.run(  # in a process of its own: what waits for ever is ended
+        [sys.executable, "-c", script, site.registry, blob],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert "is no regular file" in done.stderr
+    with pytest.raises(VerificationError, match="is no regular file"):
+        site.agent().check()
+    assert site.running() == running
 
 
 # Decisions ----------------------------------------------------------------------------------------

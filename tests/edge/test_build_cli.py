@@ -150,6 +150,16 @@ def add_token(place: Path) -> None:
     (place / "tokenizer.json").write_text(json.dumps(definition))
 
 
+def add_head(place: Path, difference: float) -> None:
+    """Store an output matrix beside the table that config.json ties it to."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(place / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, -1] += difference
+    save_file({**weights, "lm_head.weight": head}, place / "model.safetensors")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no directory": (shutil.rmtree, "does not exist: pass a model directory"),
     "no config": (lambda p: (p / "config.json").unlink(), "config.json is missing"),
@@ -165,6 +175,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "rotary": (
         lambda p: changed_config(p, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}),
         "rope type yarn cannot be converted",
+    ),
+    "turned in part": (
+        lambda p: changed_config(p, partial_rotary_factor=0.5),
+        "partial_rotary_factor is 0.5: expected 1",
+    ),
+    "no epsilon": (lambda p: changed_config(p, rms_norm_eps=None), "'rms_norm_eps' is missing"),
+    "no context": (
+        lambda p: changed_config(p, max_position_embeddings=None),
+        "'max_position_embeddings' is missing",
+    ),
+    "no heads": (
+        lambda p: changed_config(p, num_attention_heads=0),
+        "'num_attention_heads' is 0: expected a number above 0",
+    ),
+    "all heads": (lambda p: changed_config(p, num_key_value_heads=None), "asks for [64, 64]"),
+    "another head": (
+        lambda p: add_head(p, 1e-3),
+        "lm_head.weight is not model.embed_tokens.weight",
     ),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut weights": (
@@ -204,6 +232,12 @@ def test_a_bad_model_is_one_sentence_and_nothing_is_written(
     assert str(model) in sentence
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_is_stored_twice_is_no_mistake(llama_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(llama_model, tmp_path / "model"))
+    add_head(model, 0.0)
+    assert open_source_model(model).num_parameters == open_source_model(llama_model).num_parameters
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,28 @@ def test_scored_tokens_stop_at_the_limit(llama_model: Path) -> None:
     assert len(kept.token_ids) == 512
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant><think>{% endif %}",
+            "begins a finished turn otherwise than the prompt",
+        ),
+        ("{{ messages[0]['content'] }}\n", "leaves no token"),
+        ("{{ 1 + messages[0]['content'] }}", r"cannot render .* \(TypeError\)"),
+    ],
+)
+def test_a_template_that_cannot_be_scored_is_refused(
+    template: str, message: str, llama_model: Path
+) -> None:
+    tokenizer = load_tokenizer(llama_model)
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=message) as error:
+        encode_examples([("SECRET?", "SECRET.")], tokenizer, 100)
+    assert "SECRET" not in str(error.value)
+
+
 def test_another_tokenizer_is_seen(builds: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "qwen2")
     with (
@@ -183,3 +205,12 @@ def test_a_template_may_refuse_a_conversation() -> None:
         render_chat(template, [{"role": "user", "content": "x"}], {})
     with pytest.raises(ChatError, match="refuses"):
         render_chat("{{ messages.__class__.__mro__ }}", [{"role": "user", "content": "x"}], {})
+
+
+@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 'a' | int(base=99) }}", "{{ 1 / 0 }}"])
+def test_a_template_that_fails_is_one_sentence(template: str) -> None:
+    with pytest.raises(
+        ChatError, match=r"template fails on the conversation \(\w+Error: "
+    ) as error:
+        render_chat(template, [{"role": "user", "content": "x"}], {})
+    assert "\n" not in str(error.value)

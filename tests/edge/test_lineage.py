@@ -208,3 +208,47 @@ def test_a_safe_name_stays_inside_its_directory(name: str) -> None:
     if is_safe_name(name):
         assert (inside / name).resolve().is_relative_to(inside)
         assert (inside / name).resolve() != inside
+
+
+def test_each_file_is_read_once_whatever_the_number_of_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = write_chain(tmp_path, num_rounds=6)
+    read: list[Path] = []
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return lineage.sha256_of_file(path)
+
+    monkeypatch.setattr("edge.verification.sha256_of_file", counted)
+    assert verify(chain.build, [chain.root]).problems == []
+    assert len(read) == len(set(read))
+
+
+def test_a_foreign_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    artefact, source = tmp_path / "artefact", tmp_path / "source"
+    write_model(source, seed=1)
+    lineage.write_lineage(
+        source,
+        stage="external",
+        directories={},
+        digests={},
+        parameters={"server_round": "\x1b[2J"},
+        metrics={},
+    )
+    write_model(artefact, seed=2)
+    lineage.write_lineage(
+        artefact,
+        stage="build",
+        directories={"\x1b[31mmodel": source},
+        digests={"\x1b]0;x\x07": "ab" * 32},
+        parameters={},
+        metrics={},
+    )
+    (artefact / "un\x1blisted").write_bytes(b"")
+    (tmp_path / ("ab" * 32)).write_bytes(b"something else")
+    flip_bit(source / "model.safetensors")
+    walk = verify(artefact, [tmp_path])
+    assert len(walk.problems) > 1
+    for line in (*describe(walk), *map(str, walk.problems), *map(walk.label, walk.roles)):
+        assert line.isprintable(), repr(line)

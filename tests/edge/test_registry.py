@@ -86,6 +86,34 @@ def test_each_channel_counts_for_itself_and_a_number_may_be_given(
     assert tags == {"stable", "beta"}
 
 
+def test_a_tag_stays_with_its_channel(build: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    push(build, registry, "stable", KEY)
+    before = (registry / "index.json").read_bytes()
+    for sequence in (None, 9):
+        with pytest.raises(UserError, match="belongs to channel 'stable', not 'beta'"):
+            push(build, registry, "stable", KEY, channel="beta", sequence=sequence)
+    assert (registry / "index.json").read_bytes() == before
+
+
+def test_a_number_is_not_given_twice_even_if_no_tag_has_it(build: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    push(build, registry, "stable", KEY, sequence=40)
+    push(build, registry, "stable", KEY, sequence=3)
+    assert push(build, registry, "stable", KEY).release.sequence == 41
+    tags = [entry.get("annotations") for entry in Layout(registry).index()["manifests"]]
+    assert sum(tag is not None for tag in tags) == 1
+    assert len(tags) == 3
+
+
+def test_after_a_change_of_keys_a_number_is_asked_for_once(build: Path, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    for _ in range(2):
+        push(build, registry, "stable", Ed25519PrivateKey.generate(), sequence=1)
+    push(build, registry, "stable", KEY, sequence=5)
+    assert push(build, registry, "stable", KEY).release.sequence == 6
+
+
 def test_a_push_repairs_a_damaged_blob(build: Path, tmp_path: Path) -> None:
     registry = tmp_path / "registry"
     release = push(build, registry, "stable", KEY).release

@@ -214,3 +214,18 @@ def test_files_that_are_no_keys_are_named(tmp_path: Path) -> None:
             read_private_key(path)
     with pytest.raises(UserError, match="no PEM public key"):
         read_public_key(private)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"payloadType": "x" * 500_000},
+        {"payloadType": ["x" * 500_000]},
+        {"signatures": [{"keyid": f"{one:064x}", "sig": "AAAA"} for one in range(5_000)]},
+    ],
+)
+def test_an_error_repeats_little_of_what_nobody_signed(changes: dict[str, object]) -> None:
+    envelope = json.dumps(json.loads(sign(RELEASE, KEY)) | changes).encode()
+    with pytest.raises(VerificationError) as caught:
+        open_release(envelope, [KEY.public_key()])
+    assert len(str(caught.value)) < 250

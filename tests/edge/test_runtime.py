@@ -3,17 +3,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from edge.build import build
 from edge.errors import UserError
-from edge.llama import Llama, LlamaError
-from edge.manifest import BuildError, read_manifest
-from edge.runtime import Runtime, open_runtime
+from edge.llama import Llama, LlamaError, load_library
+from edge.manifest import BuildError, BuildManifest, read_manifest
+from edge.runtime import LlamaRuntime, Runtime, load_model, open_runtime
 from edge.vocabulary import load_tokenizer
 from tests.edge.test_gguf import TRICKY
 
@@ -118,6 +121,63 @@ def test_an_end_of_turn_ends_the_answer(llama_model: Path, tmp_path: Path) -> No
         assert runtime.generate(QUESTION, 20, ignore_end=True).num_tokens == 20
 
 
+def test_an_answer_of_no_token_took_its_time(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = runtime.generate(QUESTION, 1).token_ids[0]
+    if isinstance(runtime, LlamaRuntime):
+        monkeypatch.setattr(runtime._llama, "is_end", lambda token: token == first)
+    else:
+        monkeypatch.setattr(runtime._tokenizer, "end_ids", frozenset([first]))
+    answer = runtime.generate(QUESTION, 5)
+    assert (answer.finish, answer.num_tokens) == ("stop", 0)
+    assert answer.first_token_ms > 0
+
+
+def test_logits_that_are_not_numbers_are_no_answer(builds: Path, tmp_path: Path) -> None:
+    """A NaN in the last norm makes every logit one; the likeliest of them is still some token."""
+    import gguf
+    import onnx
+    from onnx import numpy_helper
+
+    for name in ("gguf-f16", "onnx-fp32"):
+        shutil.copytree(builds / name, tmp_path / name)
+    path = tmp_path / "gguf-f16" / "model.gguf"
+    reader = gguf.GGUFReader(path, "r+")
+    next(t for t in reader.tensors if t.name == "output_norm.weight").data[:] = np.nan
+    reader.data.flush()
+    graph = tmp_path / "onnx-fp32" / "onnx" / "model.onnx"
+    model = onnx.load(graph)
+    norm = next(t for t in model.graph.initializer if "final_norm" in t.name)
+    broken = np.full_like(numpy_helper.to_array(norm), np.nan)
+    norm.CopyFrom(numpy_helper.from_array(broken, norm.name))
+    (graph.parent / "model.onnx.data").unlink()
+    onnx.save(model, graph, save_as_external_data=True, location="model.onnx.data")
+    for runtime, path in (("llama.cpp", path), ("onnxruntime-genai", graph.parent)):
+        with load_model(runtime, path, 1024, 1) as opened:
+            for temperature in (0.0, 1.0):
+                with pytest.raises(BuildError, match="not finite"):
+                    opened.generate(QUESTION, 4, temperature)
+
+
+def test_a_build_is_opened_where_its_link_pointed_first(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is turned between the reading of the manifest and of the model."""
+    current = tmp_path / "current"
+    current.symlink_to(builds / "gguf-f16")
+
+    def read_and_turn(build: Path) -> BuildManifest:
+        manifest = read_manifest(build)
+        current.unlink()
+        current.symlink_to(tmp_path / "nowhere")
+        return manifest
+
+    monkeypatch.setattr("edge.runtime.read_manifest", read_and_turn)
+    with open_runtime(current, threads=1) as opened:
+        assert opened.generate(QUESTION, 2).num_tokens == 2
+
+
 def test_a_runtime_imports_no_torch_and_no_transformers(builds: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from edge.runtime import open_runtime\n"
@@ -187,12 +247,52 @@ def test_a_missing_build_is_one_sentence(builds: Path, tmp_path: Path) -> None:
         open_runtime(builds)
 
 
+class Library:
+    """llama.cpp with some functions that behave as we say."""
+
+    def __init__(self, real: Any, **changes: Callable[..., Any]) -> None:
+        self.real = real
+        vars(self).update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
 def test_llama_refuses_what_outgrows_its_context(builds: Path) -> None:
     with (
         Llama(builds / "gguf-f16" / "model.gguf", context_tokens=256, threads=1) as llama,
         pytest.raises(LlamaError, match="257 tokens do not fit the context of 256"),
     ):
         list(llama.decode([5] * 257, [0]))
+
+
+def test_an_old_complaint_of_llama_is_not_said_again(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"not a model at all")
+    with pytest.raises(LlamaError, match=r"bad\.gguf cannot be loaded by llama\.cpp \((?!it gave)"):
+        Llama(tmp_path / "bad.gguf")
+    library = Library(load_library(), llama_init_from_model=lambda *_: None)
+    monkeypatch.setattr("edge.llama.load_library", lambda: library)
+    with pytest.raises(LlamaError, match=r"made no context \(it gave no reason\)"):
+        Llama(builds / "gguf-f16" / "model.gguf", threads=1)
+
+
+def test_parameters_laid_out_in_another_way_leave_no_memory_behind(
+    builds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[str] = []
+    real = load_library()
+
+    def free(name: str) -> Callable[[int], None]:
+        return lambda handle: (freed.append(name), getattr(real, name)(handle))[1]
+
+    changes = {name: free(name) for name in ("llama_free", "llama_model_free")}
+    library = Library(real, llama_n_ubatch=lambda _context: 9999, **changes)
+    monkeypatch.setattr("edge.llama.load_library", lambda: library)
+    with pytest.raises(LlamaError, match="lays out llama.cpp's parameters in another way"):
+        Llama(builds / "gguf-f16" / "model.gguf", threads=1)
+    assert freed == ["llama_free", "llama_model_free"]
 
 
 @pytest.mark.slow
