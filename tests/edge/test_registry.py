@@ -82,6 +82,7 @@ def test_each_channel_counts_for_itself_and_a_number_may_be_given(
     tags = {
         entry["annotations"]["org.opencontainers.image.ref.name"]
         for entry in Layout(registry).index()["manifests"]
+        if "annotations" in entry  # what a tag named before stays listed without one
     }
     assert tags == {"stable", "beta"}
 
