@@ -310,7 +310,7 @@ class _Answer:
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._start = self._last = started
-        self._first: float | None = None
+        self._first = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -318,8 +318,7 @@ class _Answer:
 
     def mark_choice(self) -> None:
         """Take the time of the first choice, which may be to end."""
-        if self._first is None:
-            self._first = time.perf_counter()
+        self._first = self._first or time.perf_counter()
 
     def add(self, token: int, piece: bytes) -> None:
         self._last = time.perf_counter()
@@ -328,7 +327,6 @@ class _Answer:
 
     def finished(self, finish: str) -> Generation:
         self._say(self._decoder.decode(b"", final=True))
-        assert self._first is not None  # at least one token was asked for
         steps, seconds = self.num_tokens - 1, self._last - self._first
         return Generation(
             text="".join(self._text),

@@ -12,6 +12,7 @@ import pytest
 
 from edge.build import TARGETS, build
 from edge.cli import main
+from edge.source_model import open_source_model
 from edge.verification import verify
 
 Command = Callable[..., tuple[int, str, str]]

@@ -123,8 +123,10 @@ def test_scored_tokens_stop_at_the_limit(llama_model: Path) -> None:
     ("template", "message"),
     [
         (
-            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-            "{% if add_generation_prompt %}<assistant><think>{% endif %}",
+            (
+                "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+                "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+            ),
             "begins a finished turn otherwise than the prompt",
         ),
         ("{{ messages[0]['content'] }}\n", "leaves no token"),
@@ -207,7 +209,9 @@ def test_a_template_may_refuse_a_conversation() -> None:
         render_chat("{{ messages.__class__.__mro__ }}", [{"role": "user", "content": "x"}], {})
 
 
-@pytest.mark.parametrize("template", ["{{ 1 + 'a' }}", "{{ 'a' | int(base=99) }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ 1 + 'a' }}", "{{ range(0, 5, 0) | list }}", "{{ 1 / 0 }}"]
+)
 def test_a_template_that_fails_is_one_sentence(template: str) -> None:
     with pytest.raises(
         ChatError, match=r"template fails on the conversation \(\w+Error: "

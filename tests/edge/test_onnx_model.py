@@ -77,12 +77,21 @@ def test_a_failure_of_the_builder_is_one_sentence(llama_model: Path, tmp_path: P
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama_model", "llama3_model", "qwen2_model"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama_model",
+        pytest.param("llama3_model", marks=pytest.mark.slow),
+        pytest.param("qwen2_model", marks=pytest.mark.slow),
+    ],
+)
 def test_int4_onnx_is_built_and_near_its_source(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    (built,) = build(request.getfixturevalue(family), ["onnx:int4"], tmp_path)
+    targets = ["gguf:q4_0", "onnx:int4"]
+    plain, built = build(request.getfixturevalue(family), targets, tmp_path)
     assert built.manifest.tensor_types["int4"] > 0
-    assert 0 < built.manifest.fidelity.kl < 2.0
+    # Mean nats from the source on the built-in probes. Plain 4-bit blocks lose two to three times
+    # as much as 4 bits with 8 where it matters: a wrong scale or a lost mix would show.
+    assert 0 < built.manifest.fidelity.kl < 0.6 * plain.manifest.fidelity.kl
     assert built.manifest.bytes < 0.6 * 4 * built.manifest.num_parameters + 100_000

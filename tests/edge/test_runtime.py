@@ -153,8 +153,8 @@ def test_logits_that_are_not_numbers_are_no_answer(builds: Path, tmp_path: Path)
     norm.CopyFrom(numpy_helper.from_array(broken, norm.name))
     (graph.parent / "model.onnx.data").unlink()
     onnx.save(model, graph, save_as_external_data=True, location="model.onnx.data")
-    for runtime, path in (("llama.cpp", path), ("onnxruntime-genai", graph.parent)):
-        with load_model(runtime, path, 1024, 1) as opened:
+    for name, place in (("llama.cpp", path), ("onnxruntime-genai", graph.parent)):
+        with load_model(name, place, 1024, 1) as opened:
             for temperature in (0.0, 1.0):
                 with pytest.raises(BuildError, match="not finite"):
                     opened.generate(QUESTION, 4, temperature)
