@@ -12,22 +12,17 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
-from commands import CommandError, Commands, Job, end_with_parent, environment
+from commands import CommandError, Commands, Job
 from report import print_table, write_report
 from rich.console import Console
+from superlink import superlink
 
 from federation.atomic import write_atomically
 from federation.command import run_command
@@ -328,65 +323,6 @@ def start_over_after_a_change(out: Path) -> bool:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(mark, digest.hexdigest())
     return True
-
-
-@contextlib.contextmanager
-def superlink(home: Path, console: Console) -> Iterator[None]:
-    """Run a Flower SuperLink in simulation mode on a free loopback port; end it, by its id.
-
-    `flwr run .` starts one by itself too, but that one stays behind when the run is over.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    write_atomically(
-        home / "config.toml",
-        f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n",
-    )
-    command = [
-        *("flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"),
-        *("--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")),
-    ]
-    console.print(f"[bold cyan]$[/bold cyan] {shlex.join(command)} &", soft_wrap=True)
-    with (home / "superlink.log").open("ab") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / command[0]), *command[1:]],
-            stdout=log,
-            stderr=log,
-            env=environment({"FLWR_HOME": str(home.resolve())}),
-            preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
-        )
-    try:
-        _wait_for_port(process, port, home / "superlink.log")
-        yield
-    finally:
-        _end_tree(process)
-
-
-def _wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.2)
-    raise CommandError(f"the SuperLink did not start: see {log}")
-
-
-def _end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process and all it started to end, and make them after 10 s."""
-    if process.poll() is not None:
-        return
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=10)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
 
 
 def main(

@@ -18,8 +18,7 @@ sys.path.insert(0, str(ROOT / "examples" / "four_institutions"))
 @pytest.mark.slow
 def test_a_simulated_federation_through_a_real_superlink(tmp_path: Path) -> None:
     from commands import environment
-
-    from demo import superlink
+    from superlink import superlink
 
     base = write_tiny_model(tmp_path / "base")
     for name in ("bank", "clinic"):
