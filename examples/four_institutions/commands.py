@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,13 @@ class CommandError(FedgeError):
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and what it makes in one step (removed before the command is run again)."""
+    """A command that may run beside others."""
 
     command: Sequence[str]
     output: Path | None = None
+    """What it makes in one step; removed before the command is run again."""
+    after: str | None = None
+    """The job whose output it needs; that one must stand before it."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +156,19 @@ class Commands:
         return done
 
     def run_in_lanes(self, jobs: Mapping[str, Job]) -> None:
-        """Run independent commands two at a time, each with half of the cores."""
+        """Run commands two at a time, in their order, each with half of the cores."""
         threads = max(1, (os.cpu_count() or 2) // 2)
+        futures: dict[str, Future[Finished]] = {}
+
+        def run(name: str, job: Job) -> Finished:
+            if job.after:
+                futures[job.after].result()
+            return self.run(name, job.command, threads=threads, output=job.output)
+
         with ThreadPoolExecutor(max_workers=2) as lanes:
-            futures = [
-                lanes.submit(self.run, name, job.command, threads=threads, output=job.output)
-                for name, job in jobs.items()
-            ]
-            for future in futures:
+            for name, job in jobs.items():
+                futures[name] = lanes.submit(run, name, job)
+            for future in futures.values():
                 future.result()
 
     def _remember(self, done: Finished) -> None:

@@ -29,6 +29,7 @@ from federation.command import run_command
 from federation.status import summarise
 
 SITES = ("bank", "billing", "hospital", "security")
+MODELS = ("base", "federated", "pooled", *(f"local-{site}" for site in SITES))
 ROUNDS, STEPS, BATCH_SIZE, MAX_TOKENS, LEARNING_RATE = 5, 3, 8, 96, 5e-4
 STUDENT, STUDENT_STEPS = "0.43x", 40
 BUILDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k", "gguf:q4_0", "onnx:int4")
@@ -64,19 +65,13 @@ class Demo:
         self.stage(f"Federate: {ROUNDS} rounds of {STEPS} steps; only adapters travel")
         self.federate()
         self.stage(
-            "Distil the federated model on public text; beside it the baselines: each site alone, "
-            "and all text pooled (which nobody may do)"
+            "Distil the federated model on public text; beside it the baselines (each site alone, "
+            "and all text pooled, which nobody may do) and every model's held-out loss"
         )
         # Longest first: two lanes are then done at about the same time.
         self.commands.run_in_lanes(
-            {
-                **self.distillation(),
-                **self.baselines(),
-                **self.evaluations("base", "federated"),
-            }
+            {**self.distillation(), **self.baselines(), **self.evaluations()}
         )
-        self.stage("Evaluate the baselines on every site's held-out text")
-        self.commands.run_in_lanes(self.evaluations("pooled", *(f"local-{site}" for site in SITES)))
         self.stage("Build for devices, each build compared with the student")
         builds = self.build()
         self.stage("Push a signed release; a device verifies, probes and installs it")
@@ -155,14 +150,17 @@ class Demo:
             jobs[name] = Job(["client", "train", *data, "--out", str(out), *shared], out)
         return jobs
 
-    def evaluations(self, *models: str) -> dict[str, Job]:
-        """Score models on every site's held-out text."""
+    def evaluations(self) -> dict[str, Job]:
+        """Score every model on every site's held-out text."""
         heldout = [word for site in SITES for word in ("--data", str(self.data(site, "heldout")))]
         shared = [*heldout, "--base-model", str(self.base), "--max-tokens", str(MAX_TOKENS)]
         jobs = {}
-        for model in models:
+        for model in MODELS:
             chosen = [] if model == "base" else ["--adapter", str(self.adapter(model))]
-            jobs[f"evaluate-{model}"] = Job(["client", "evaluate", *shared, *chosen, "--json"])
+            jobs[f"evaluate-{model}"] = Job(
+                ["client", "evaluate", *shared, *chosen, "--json"],
+                after=None if model in ("base", "federated") else model,
+            )
         return jobs
 
     def adapter(self, name: str) -> Path:
@@ -171,11 +169,10 @@ class Demo:
 
     def losses(self) -> dict[str, dict[str, float]]:
         """Return each model's mean cross-entropy on each site's held-out text."""
-        models = ("base", "federated", "pooled", *(f"local-{site}" for site in SITES))
-        rows = {m: self.commands.finished[f"evaluate-{m}"].output["files"] for m in models}
+        rows = {m: self.commands.finished[f"evaluate-{m}"].output["files"] for m in MODELS}
         return {
             model: {site: row["loss"] for site, row in zip(SITES, rows[model], strict=True)}
-            for model in models
+            for model in MODELS
         }
 
     def build(self) -> list[dict[str, Any]]:
