@@ -4,12 +4,15 @@ The builder runs in a process of its own: it loads the whole model (plan for its
 changes import paths, prints freely, and its peak memory is given back when it ends.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from edge.child_process import run_child
 from edge.errors import EdgeError
@@ -17,6 +20,8 @@ from edge.errors import EdgeError
 PRECISIONS = ("fp32", "int4")
 MODEL_FILE = "model.onnx"
 
+_BLOCK_SIZE = 32
+"""Weights that share a scale: the builder's default."""
 _BLOCK_QUANTIZED = ("MatMulNBits", "GatherBlockQuantized")
 
 
@@ -28,7 +33,8 @@ def build_onnx(model: Path, precision: str, out: Path) -> dict[str, int]:
     """Write an onnxruntime-genai model directory and return how many tensors of each type it has.
 
     ``int4`` is `k_quant_mixed`: 4-bit blocks with the sensitive matrices in 8 bits (less divergence
-    than the builder's default: docs/decisions/0004-gguf-written-by-us.md has the figures).
+    than the builder's default: docs/decisions/0004-gguf-written-by-us.md has the figures), or
+    `rtn_last` where the shapes forbid that: see ``int4_algorithm``.
 
     Args:
         model: A model directory whose tokenizer and weights transformers can load.
@@ -42,7 +48,8 @@ def build_onnx(model: Path, precision: str, out: Path) -> dict[str, int]:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-i", str(model), "-o", str(out), "-p", precision, "-e", "cpu", "-c", cache]
         if precision == "int4":
-            command += ["--extra_options", "algo_config=k_quant_mixed"]
+            algorithm = int4_algorithm(json.loads((model / "config.json").read_text()))
+            command += ["--extra_options", f"algo_config={algorithm}"]
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": cache}
         done = run_child(
             command,
@@ -57,6 +64,20 @@ def build_onnx(model: Path, precision: str, out: Path) -> dict[str, int]:
             f"{done.returncode}): {lines[-1] if lines else 'it said nothing'}"
         )
     return _tensor_types(out / MODEL_FILE)
+
+
+def int4_algorithm(config: Mapping[str, Any]) -> str:
+    """Return the builder's algorithm for a model's shapes.
+
+    The zero points of k-quants are packed two to a byte; onnxruntime-genai 0.18 leaves out the
+    padding of a row with an odd number of blocks and fails ("cannot reshape array"). Rounding to
+    nearest has no zero points.
+    """
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rows = (config["hidden_size"], config["intermediate_size"], heads * head_dim)
+    is_odd = any(-(-row // _BLOCK_SIZE) % 2 for row in rows)
+    return "rtn_last" if is_odd else "k_quant_mixed"
 
 
 def _tensor_types(path: Path) -> dict[str, int]:

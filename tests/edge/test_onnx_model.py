@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edge.build import build
-from edge.onnx_model import OnnxBuilderError, build_onnx
+from edge.onnx_model import OnnxBuilderError, build_onnx, int4_algorithm
 from edge.runtime import open_runtime
 from edge.vocabulary import load_tokenizer
 from tests.edge.conftest import TEXT
@@ -95,3 +95,24 @@ def test_int4_onnx_is_built_and_near_its_source(
     # as much as 4 bits with 8 where it matters: a wrong scale or a lost mix would show.
     assert 0 < built.manifest.fidelity.kl < 0.6 * plain.manifest.fidelity.kl
     assert built.manifest.bytes < 0.6 * 4 * built.manifest.num_parameters + 100_000
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "heads", "head_dim", "algorithm"),
+    [
+        (576, 1536, 9, 64, "k_quant_mixed"),  # SmolLM2-135M
+        (480, 640, 6, 64, "rtn_last"),  # its student at 0.43x: 15 blocks in a row
+        (512, 1376, 8, 64, "rtn_last"),
+        (512, 1408, 8, None, "k_quant_mixed"),
+    ],
+)
+def test_int4_avoids_the_rows_that_the_builder_cannot_pack(
+    hidden: int, intermediate: int, heads: int, head_dim: int | None, algorithm: str
+) -> None:
+    config = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+    }
+    assert int4_algorithm(config) == algorithm
