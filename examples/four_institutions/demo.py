@@ -239,7 +239,7 @@ class Demo:
             ],
         )
         return {
-            "digest": current.resolve().name,
+            "digest": current.resolve().parent.name,
             "prompt": QUESTION,
             "text": answer.output["text"],
             "pushed": pushed.output,
