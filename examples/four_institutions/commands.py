@@ -250,7 +250,12 @@ def _high_water_mark(pid: int) -> int:
     """Return the peak resident set of a process in bytes: VmHWM, which the kernel keeps exactly."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        is_fork = (
+            Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
+        )
     except OSError:
+        return 0
+    if is_fork:  # between fork and exec a child still counts this process's own memory
         return 0
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
