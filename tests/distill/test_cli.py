@@ -123,3 +123,15 @@ def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
             *("--data", data, "--out", tmp_path / "student"),
         )
     assert {path.name for path in tmp_path.iterdir()} == {"teacher", "data.jsonl"}
+
+
+def test_training_settings_that_are_no_table_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text("training = 5\n")
+    data = write_records(tmp_path / "data.jsonl", 8)
+    with pytest.raises(UserError, match="training is 5: expected a table"):
+        run(
+            *("--teacher", tiny_model, "--student", "0.9x", "--data", data),
+            *("--out", tmp_path / "out", "--settings", settings),
+        )
+    assert not (tmp_path / "out").exists()

@@ -66,6 +66,7 @@ def test_a_student_of_the_teachers_shape_is_the_teacher(
 ) -> None:
     teacher = load_model(teacher_directory, "float32")
     student = prune(teacher, read_shape(teacher_directory), importance)
+    assert student.config._attn_implementation == teacher.config._attn_implementation
     for (name, one), other in zip(
         teacher.state_dict().items(), student.state_dict().values(), strict=True
     ):
