@@ -248,14 +248,14 @@ class PeakMemory:
 
 def _high_water_mark(pid: int) -> int:
     """Return the peak resident set of a process in bytes: VmHWM, which the kernel keeps exactly."""
+    own = Path("/proc/self/cmdline").read_bytes()
     try:
+        # Between fork and exec a child still counts this process's own memory. The name is read
+        # before the memory: once it has another one, its memory is its own.
+        if Path(f"/proc/{pid}/cmdline").read_bytes() == own:
+            return 0
         status = Path(f"/proc/{pid}/status").read_text()
-        is_fork = (
-            Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
-        )
     except OSError:
-        return 0
-    if is_fork:  # between fork and exec a child still counts this process's own memory
         return 0
     for line in status.splitlines():
         if line.startswith("VmHWM:"):

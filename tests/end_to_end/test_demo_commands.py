@@ -90,5 +90,7 @@ def test_a_job_waits_for_the_one_it_needs(commands: Commands, tmp_path: Path) ->
 
 
 def test_memory_of_a_command_is_measured(commands: Commands) -> None:
+    ballast = b"x" * 500_000_000  # a fork of this process must not be taken for the command
     code = "import time; block = bytearray(200_000_000); time.sleep(0.5)"
     assert 200e6 < commands.run("a", python(code)).peak_bytes < 400e6
+    assert len(ballast) == 500_000_000
