@@ -3,16 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The modules of benchmarks/ that are measurements; the others are what these share.
+BENCHMARKS := aggregation rounds deployment distillation_loss plan_constants
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo deployment test test-slow check bench nginx clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/four_institutions/demo.py --out demo
 
+deployment: $(INSTALLED) nginx
+	$(BIN)/python examples/deployment/run.py --out deployment
+
 test: $(INSTALLED)
 	$(BIN)/pytest
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) nginx
 	$(BIN)/pytest -m slow
 
 check: $(INSTALLED)
@@ -22,11 +27,20 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/pip check
 
-bench: $(INSTALLED)
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: $(INSTALLED) nginx
+	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# Sites reach a coordinator through nginx. The example and the tests start their own; where Debian starts
+# its welcome page on port 80 after the installation, `systemctl disable --now nginx` ends that.
+nginx:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v nginx > /dev/null && exit 0; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
+	  echo "error: nginx is not installed: run 'sudo apt-get install nginx-light', or install nginx 1.18 or newer your system's way" >&2; exit 2; \
+	fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light > /dev/null
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo deployment build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 # torch first: pinned, so that pip does not look for a newer one. Where pip is shown CPU wheels
 # (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) it takes 2.13.0+cpu; PyPI's own Linux wheel brings CUDA, several GB.

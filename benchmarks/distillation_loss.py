@@ -11,12 +11,10 @@ Shape letters: N positions, V vocabulary, D hidden.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from benchmarks.processes import child, forget_peak, peak_bytes, resident_bytes
 
 V, N, D = 152_064, 256, 256
 METHODS = ("ours", "kl_div")
@@ -36,7 +34,8 @@ def measure(method: str) -> dict[str, Any]:
     head_VD, teacher_head_VD = (torch.empty(V, D).normal_(std=0.05) for _ in range(2))
     head_VD.requires_grad_()
     targets_N = torch.randint(V, (N,))
-    before_bytes = _resident("VmRSS", reset=True)
+    forget_peak()
+    before_bytes = resident_bytes()
     started = time.process_time()
     if method == "ours":
         loss = distillation_loss(student_ND, head_VD, teacher_ND, teacher_head_VD, targets_N)
@@ -49,11 +48,11 @@ def measure(method: str) -> dict[str, Any]:
         )
     loss.backward()  # type: ignore[no-untyped-call]
     cpu_s = time.process_time() - started
-    peak_bytes = _resident("VmHWM")
+    extra_peak_bytes = peak_bytes() - before_bytes
     gradients = {"state": student_ND.grad, "head": head_VD.grad}
     return {
         "loss": loss.item(),
-        "extra_peak_bytes": peak_bytes - before_bytes,
+        "extra_peak_bytes": extra_peak_bytes,
         "cpu_s": round(cpu_s, 2),
         # Along a fixed direction: equal sums mean equal gradients.
         **{f"{name}_gradient_sum": _signed_sum(value) for name, value in gradients.items()},
@@ -69,15 +68,6 @@ def _signed_sum(gradient: Any) -> float:
     return float((rows * torch.linspace(-1, 1, len(rows), dtype=torch.float64)).sum())
 
 
-def _resident(field: str, *, reset: bool = False) -> int:
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}: this benchmark runs on Linux")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=METHODS, help="One method, in this process.")
@@ -87,14 +77,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"vocabulary": V, "positions": N, "hidden": D}
     for name in METHODS:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.distillation_loss", "--method", name],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        results[name] = json.loads(done.stdout)
+        results[name] = child("benchmarks.distillation_loss", "--method", name)
     ours, plain = (results[name] for name in METHODS)
     results["relative_difference"] = {
         key: abs(ours[key] - plain[key]) / abs(plain[key])

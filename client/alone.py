@@ -47,10 +47,11 @@ def train_alone(
     refuse_existing(out)
     tokenizer = load_tokenizer(base_model)
     per_file = [_encode(path, tokenizer, settings.max_tokens) for path in data]
-    adapter = initial_adapter(base_model, **adapter_settings.model_dump(), seed=settings.seed)
+    layout = adapter_settings.model_dump(include={"rank", "alpha", "targets"})
+    adapter = initial_adapter(base_model, **layout, seed=settings.seed)
     parameters = {
         "base_model_digest": model_digest(base_model),
-        **adapter_settings.model_dump(),
+        **layout,
         **settings.model_dump(),
     }
     # The digests of private text stay in the work directory; they are not in the lineage.

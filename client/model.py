@@ -118,6 +118,36 @@ def add_adapter(model: Any, adapter: Adapter) -> Any:
     return adapted
 
 
+class ResidentModel:
+    """A base that stays in memory; the factors on it are laid out anew when their layout changes.
+
+    A site of another rank, or a served rank that grows, costs new factors and never a new base.
+    """
+
+    def __init__(self, base: Any) -> None:
+        """Own ``base``, from ``load_model``."""
+        self._model = base
+        self._layout: tuple[object, ...] | None = None
+
+    def laid_out_for(self, adapter: Adapter) -> Any:
+        """Return the peft model with factors of this adapter's rank, scale and modules.
+
+        Their values are arbitrary: ``write_into_model`` sets them.
+        """
+        layout = (adapter.rank, adapter.alpha, *adapter.target_modules)
+        if layout != self._layout:
+            if self._layout is not None:
+                self._model, self._layout = self._model.unload(), None
+            self._model = new_adapter(
+                self._model,
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                target_modules=adapter.target_modules,
+            )
+            self._layout = layout
+        return self._model
+
+
 def merged_model(base: Path, adapter: Path, dtype: str) -> Any:
     """Return the base with a PEFT adapter directory merged into its weights.
 

@@ -23,6 +23,9 @@ class TrainingSettings(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """L2 norm to which the gradient of a step is clipped."""
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx (Li et al., arXiv:1812.06127): mu / 2 * ||w - w_start||^2 over all trained factors is
+    added to the loss, so that a site stays nearer to what it was sent. 0 = off."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """Longest record, prompt and response together; a longer response is cut."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

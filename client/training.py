@@ -46,7 +46,7 @@ class Step:
     """Mean over the step's learned tokens, nats, before the update."""
     learning_rate: float
     grad_norm: float
-    """L2 norm before clipping."""
+    """L2 norm before clipping, the proximal term included."""
     num_tokens: int
     """Learned tokens."""
     seconds: float
@@ -138,6 +138,21 @@ def response_cross_entropy(model: PreTrainedModel, batch: dict[str, Tensor]) -> 
     return cross_entropy(logits_NV, targets_N)
 
 
+def add_proximal_gradient(start: Sequence[tuple[Any, Tensor]], mu: float) -> None:
+    """Add the gradient of ``mu / 2 * ||w - w_start||^2`` (FedProx, arXiv:1812.06127).
+
+    Args:
+        start: Trained parameters with their gradients, and their values at the start.
+        mu: Weight of the term, >= 0.
+    """
+    import torch
+
+    with torch.no_grad():
+        for parameter, origin in start:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - origin, alpha=mu)
+
+
 def learned_positions(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Run the decoder without its head; return hidden states [N, D] and their targets [N]."""
     import torch
@@ -186,6 +201,12 @@ def _build_trainer(
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
+    start = [
+        (parameter, parameter.detach().clone())
+        for parameter in model.parameters()
+        if parameter.requires_grad and settings.proximal_mu > 0
+    ]
+
     class OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers is not followed by mypy
         """Trainer with our loss, the data in the order given, and its steps on record."""
 
@@ -196,6 +217,7 @@ def _build_trainer(
             self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch
             self.steps: list[Step] = []
             self._num_tokens = 0
+            self._share = 1.0
             self._started = time.perf_counter()
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -210,7 +232,17 @@ def _build_trainer(
         ) -> Tensor:
             learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
             self._num_tokens += learned
-            return loss_function(model, inputs) * (learned / int(num_items_in_batch))
+            self._share = learned / int(num_items_in_batch)
+            return loss_function(model, inputs) * self._share
+
+        def training_step(
+            self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+        ) -> Tensor:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            # The shares of a step sum to 1, so this is one proximal gradient a step, before the
+            # clipping. The loss that is logged stays that of the data.
+            add_proximal_gradient(start, settings.proximal_mu * self._share)
+            return loss
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
             if "loss" not in logs:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,33 @@ class Adapter:
     @property
     def target_modules(self) -> list[str]:
         """Last parts of the module names, as peft's configuration wants them."""
-        return sorted({name.rsplit(".", 1)[-1] for name in self.modules})
+        return target_modules(self.modules)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (out features, in features) by module."""
+        return {n: (f.b_OR.shape[0], f.a_RI.shape[1]) for n, f in self.modules.items()}
+
+    def rows(self, module: str, factor: str, num_rows: int) -> Tensor:
+        """Return the first slices of one factor as contiguous float32 rows.
+
+        Args:
+            module: Its name.
+            factor: "B" (the rows are those of B transposed, [num_rows, O]) or "A" ([num_rows, I]).
+            num_rows: At most ``rank``.
+        """
+        factors = self.modules[module]
+        rows = factors.b_OR.mT if factor == "B" else factors.a_RI
+        return rows[:num_rows].float().contiguous()
+
+    def first_slices(self, rank: int) -> Adapter:
+        """Return the adapter of the first ``rank`` slices at the same scale, or all there are."""
+        if rank >= self.rank:
+            return self
+        modules = {
+            name: LowRank(factors.b_OR[:, :rank].contiguous(), factors.a_RI[:rank].contiguous())
+            for name, factors in self.modules.items()
+        }
+        return Adapter(rank, self.scale * rank, modules)
 
 
 def initial_adapter(
@@ -99,19 +126,50 @@ def write_adapter(directory: Path, adapter: Adapter, base_model: str) -> None:
     Raises:
         UserError: ``directory`` holds something already.
     """
-    from safetensors.torch import save_file
+    write_modules(
+        directory,
+        adapter.modules.items(),
+        shapes=adapter.shapes(),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        base_model=base_model,
+    )
 
-    tensors = {}
-    for name, factors in adapter.modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = factors.a_RI.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = factors.b_OR.contiguous()
+
+def write_modules(
+    directory: Path,
+    modules: Iterable[tuple[str, LowRank]],
+    *,
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    alpha: float,
+    base_model: str,
+) -> None:
+    """Write an adapter directory while its modules are made: one of them is in memory.
+
+    safetensors' own writer wants all tensors at once. Its format is a JSON header of names,
+    shapes and offsets, and the numbers: https://github.com/huggingface/safetensors#format
+
+    Args:
+        directory: Must not exist, or be empty.
+        modules: Names and factors, in the order of ``shapes``.
+        shapes: Out features and in features of every module.
+        rank: Of every module.
+        alpha: LoRA alpha.
+        base_model: As in `write_adapter`.
+
+    Raises:
+        UserError: ``directory`` holds something already.
+    """
+    import torch
+
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "target_modules": adapter.target_modules,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": target_modules(shapes),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -119,9 +177,40 @@ def write_adapter(directory: Path, adapter: Adapter, base_model: str) -> None:
         "init_lora_weights": True,
     }
     with new_directory(directory) as building:
-        save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
+        with (building / "adapter_model.safetensors").open("wb") as file:
+            file.write(_safetensors_header(shapes, rank))
+            for expected, (name, factors) in zip(shapes, modules, strict=True):
+                found = (len(factors.b_OR), factors.a_RI.shape[1], len(factors.a_RI))
+                if name != expected or found != (*shapes[name], rank):
+                    raise ValueError(f"{name} {found}: expected {expected} {shapes[expected]}")
+                for factor in (factors.a_RI, factors.b_OR):
+                    narrow = factor.to(torch.float32).contiguous()
+                    file.write(narrow.view(torch.uint8).numpy().data)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_atomically(building / "adapter_config.json", text)
+
+
+def _safetensors_header(shapes: Mapping[str, tuple[int, int]], rank: int) -> bytes:
+    """Return the head of a file that holds A and B of every module, float32."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (out_features, in_features) in shapes.items():
+        for factor, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
+            end = offset + 4 * shape[0] * shape[1]
+            header[f"base_model.model.{name}.lora_{factor}.weight"] = {
+                "dtype": "F32",
+                "shape": shape,
+                "data_offsets": (offset, end),
+            }
+            offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def target_modules(names: Iterable[str]) -> list[str]:
+    """Return the last parts of module names, as peft's configuration wants them."""
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -201,6 +290,14 @@ def write_into_model(model: Any, adapter: Adapter) -> None:
                 )
             b.data = factors.b_OR.to(b.device, torch.float32, copy=True)
             a.data = factors.a_RI.to(a.device, torch.float32, copy=True)
+
+
+def train_only(model: Any, factors: str) -> None:
+    """Let the named factors ("AB", "A" or "B") of a peft model learn and freeze the others."""
+    for b, a in _places(model).values():
+        for factor, parameter in (("B", b), ("A", a)):
+            parameter.requires_grad_(factor in factors)
+            parameter.grad = None  # one left of an earlier round would count in the clipping
 
 
 def read_from_model(model: Any, *, rank: int, alpha: float) -> Adapter:

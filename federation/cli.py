@@ -1,5 +1,7 @@
-"""`federation`: where a run stands. A run itself is started by Flower: `flwr run .`."""
+"""`federation`: what a run will cost, and where one stands. Flower starts runs: `flwr run .`."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,56 +15,107 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-@app.callback()
-def _federation() -> None:
-    """Keep `status` a subcommand while it is the only one."""
+@app.command()
+def plan(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model directory, or a config.json alone; else the setting base_model."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting of the run, key=value; repeat.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run will cost: bytes, disk, memory, seconds, and what the coordinator sees.
+
+    Settings are those of `flwr run . -c`. Weights are not needed: a config.json is enough.
+    """
+    from federation.base_model import read_config, read_config_file
+    from federation.plan import make_plan
+    from federation.settings import FederationSettings, SettingsError, load_settings
+
+    values = _parse_settings(settings or [])
+    named = model or Path(values.get("base_model", ""))
+    if named == Path():
+        raise SettingsError("no model is named: pass --model DIRECTORY, or the path of config.json")
+    # A plan writes nothing, so `out` may be left open.
+    values = {**values, "base_model": str(named), "out": values.get("out") or "not-written"}
+    checked = load_settings(FederationSettings, values, "--set")
+    config = read_config_file(named) if named.is_file() else read_config(named)
+    result = make_plan(checked, config)
+    print_result(result.as_json(), as_json, lambda: _show_plan(result))
 
 
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Directory of a run: what `out` named.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh every second until the run ends.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show the rounds of a run: sites, bytes, loss, what failed."""
+    """Show where a run stands: rounds, sites, bytes, loss, who is behind, what failed."""
     from federation.errors import UserError
     from federation.status import summarise
 
     path = run / "events.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist: pass the directory that the run's `out` named")
-    summary = summarise(path)
-    print_result(summary, as_json, lambda: _print(summary))
+    summary = _watch(lambda: summarise(path), as_json) if watch else summarise(path)
+    print_result(summary, as_json, lambda: None if watch else _show_status(summary))
 
 
-def _print(summary: dict[str, Any]) -> None:
+def _parse_settings(pairs: list[str]) -> dict[str, Any]:
+    from federation.settings import SettingsError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key.strip():
+            raise SettingsError(f"--set {pair!r}: expected key=value, such as num_rounds=20")
+        # The quotes of a TOML string, as `flwr run -c` wants them, are welcome too.
+        values[key.strip()] = value.strip().strip("\"'")
+    return values
+
+
+def _watch(summarise: Callable[[], dict[str, Any]], as_json: bool) -> dict[str, Any]:
+    """Show a run until it ends or the person has seen enough (Ctrl-C); return the last summary."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.live import Live
 
-    table = Table(
-        title=f"{summary['state']}: round {summary['rounds_done']} of "
-        f"{summary['num_rounds']}, {summary['aggregation']}, rank {summary['rank']}"
-    )
-    for column in ("round", "sites", "failed", "MB up", "train loss", "lost in averaging", "s"):
-        table.add_column(column, justify="right")
-    for row in summary["rounds"]:
-        table.add_row(
-            str(row["server_round"]),
-            str(row["num_updates"]),
-            str(row["num_failed"]),
-            f"{row['bytes_up'] / 1e6:.1f}",
-            f"{row['train_loss']:.4f}",
-            f"{row['aggregation_error']:.2%}",
-            f"{row['seconds']:.1f}",
-        )
-    Console().print(table)
-    if "reason" in summary:
-        Console().print(f"[red]{escape(summary['reason'])}")
-    for failure in summary["failures"]:
-        place = f"round {failure['server_round']}, site {failure['site']}"
-        Console().print(f"[yellow]{place}: {escape(failure['reason'])}")
+    from federation.tables import status_view
+
+    summary = summarise()
+    # With --json stdout belongs to the one object at the end.
+    console = Console(stderr=as_json)
+    with Live(status_view(summary), console=console, auto_refresh=False) as live:
+        try:
+            while summary["state"] == "running":
+                time.sleep(1)
+                summary = summarise()
+                live.update(status_view(summary), refresh=True)
+        except KeyboardInterrupt:
+            pass
+    return summary
+
+
+def _show_plan(result: Any) -> None:
+    from rich.console import Console
+
+    from federation.tables import plan_view
+
+    Console().print(plan_view(result))
+
+
+def _show_status(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from federation.tables import status_view
+
+    Console().print(status_view(summary))
 
 
 def main() -> None:

@@ -3,12 +3,16 @@
 - FedgeError                 it failed (exit code 1)
   - UserError                the user must change something (exit code 2)
     - SettingsError          federation.settings: a setting is unknown or out of range
+    - ResumeError            federation.run_directory: a run that cannot be gone on with
     - ModelError             federation.base_model: a model directory is missing or does not fit
     - DataError              client.records: a line of a data set
     - StudentError           distill.student: no legal student of that size
+    - SiteStateError         client.site_state: what a site kept between rounds is damaged
+  - EventLogError            federation.events: a line of a run's log that cannot be read
   - WireError                federation.wire: bytes that are not the update they claim to be
+    - MissingReferenceError  federation.wire: a change of an adapter that this side does not hold
   - AggregationError         federation.aggregation: updates that cannot be averaged
-  - RoundError               federation.rounds: too few sites answered
+  - RoundError               federation.exchange: too few sites answered
 
 Each message holds the value seen, what was expected, and the way out. No message ever holds
 text from a data set.

@@ -7,9 +7,16 @@ counts, digests and means only: never text, never a value of a single record.
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from federation.errors import FedgeError
+
+
+class EventLogError(FedgeError):
+    """A line of an event log is no event that this version knows."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,28 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class RunResumed:
+    """An interrupted run goes on; what was under way in ``server_round`` is done again."""
+
+    server_round: int
+    """The first that is run now."""
+
+
+@dataclass(frozen=True)
 class RoundStarted:
     """The adapter went out."""
 
     server_round: int
-    sites: list[str]
+    asked: list[str]
+    """The sites that it went to."""
     num_bytes: int
-    """Of the adapter message to each site."""
+    """Of the message to each site that is not in ``in_full``."""
+    attempt: int = 1
+    """2 and more: the round was started before and too few sites answered."""
+    in_full: list[str] = field(default_factory=list)
+    """Sites that got the whole adapter because they do not hold the last one."""
+    num_bytes_in_full: int = 0
+    """Of the message to each of those."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,8 @@ class UpdateReceived:
     """Mean over the round's steps, nats a token."""
     seconds: float
     """That the site trained."""
+    rounds_late: int = 0
+    """By how many rounds the adapter that it trained is older than this round's."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,19 @@ class SiteFailed:
     server_round: int
     site: str
     reason: str
+
+
+@dataclass(frozen=True)
+class SiteLate:
+    """An update came after its round was over."""
+
+    server_round: int
+    """In which it came."""
+    site: str
+    trained_round: int
+    """For which it was made."""
+    kept: bool
+    """Folded into ``server_round``; otherwise dropped."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +132,11 @@ class RunFailed:
 
 Event = (
     RunStarted
+    | RunResumed
     | RoundStarted
     | UpdateReceived
     | SiteFailed
+    | SiteLate
     | RoundFinished
     | RunFinished
     | RunFailed
@@ -114,11 +153,17 @@ class EventLog:
         listener: Callable[[Event], None] = lambda _: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Open the log; ``listener`` hears of each event too, ``now`` is the clock."""
+        """Open the log; ``listener`` hears of each event too, ``now`` is the clock.
+
+        A torn last line that a crash left is cut off: the next event would be glued to it.
+        """
         self.path = path
         self._listener = listener
         self._now = now
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)
 
     def write(self, event: Event) -> None:
         """Append one event."""
@@ -131,8 +176,27 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[tuple[datetime, Event]]:
-    """Yield the events of a log with their times. A torn last line (a crash) is passed over."""
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        value = json.loads(line)
-        time, kind = datetime.fromisoformat(value.pop("time")), value.pop("kind")
-        yield time, KINDS[kind](**value)
+    """Yield the events of a log with their times. A torn last line (a crash) is passed over.
+
+    Raises:
+        EventLogError: A line is damaged, or was written by a version that knows other events.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+            time, kind = datetime.fromisoformat(value.pop("time")), value.pop("kind")
+            event = KINDS[kind](**_renamed(kind, value))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EventLogError(
+                f"{path}, line {number} is no event that this version knows: read the log with the "
+                "version of fedge that wrote it"
+            ) from None
+        yield time, event
+
+
+def _renamed(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Give a field of an older log its present name."""
+    if kind == "RoundStarted" and "sites" in value:
+        value["asked"] = value.pop("sites")
+    return value

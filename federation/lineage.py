@@ -13,6 +13,7 @@ Format: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def statement_of(directory: Path) -> bytes:
     own = directory / "lineage.json"
     if own.is_file():
         return own.read_bytes()
+    stats = ((name, (directory / name).stat()) for name in sorted(_subject_names(directory)))
+    return _external_statement(directory, tuple((n, s.st_size, s.st_mtime_ns) for n, s in stats))
+
+
+@lru_cache(maxsize=4)
+def _external_statement(directory: Path, _files: tuple[tuple[str, int, int], ...]) -> bytes:
+    """Describe files from elsewhere; a run asks for those of its base model every round."""
     return _statement(directory, "external", [], {}, {})
 
 

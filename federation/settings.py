@@ -28,46 +28,168 @@ class Settings(BaseModel):
 SettingsKind = TypeVar("SettingsKind", bound=Settings)
 
 
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+"""Number formats on the wire; int8 and int4 are changes against what both sides hold."""
+
+
 class AdapterSettings(Settings):
     """The low-rank adapter that travels between the sites."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the served adapter."""
+    """Rank of the served adapter; with an ``energy`` its rank in the first round."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """LoRA scale numerator: the update is alpha / rank * B @ A."""
     targets: Literal["all-linear", "attention"] = "all-linear"
     """Which projections get factors: all seven of a block, or q, k, v and o only."""
+    energy: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the mean update's squared norm that the served adapter keeps in every module: its
+    rank follows, up to ``max_rank``. 0 = the rank is fixed. With ``aggregation = "products"``."""
+    max_rank: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Largest rank that ``energy`` may ask for."""
+
+
+class WireSettings(Settings):
+    """How many bytes travel."""
+
+    downlink: Dtype = "float32"
+    """Server to site. int8 and int4 send the change since the adapter that the site holds."""
+    uplink: Dtype = "float32"
+    """Site to server. int8 and int4 send the change that training made, with error feedback."""
+
+
+class ServerOptimizerSettings(Settings):
+    """What the server makes of the average (Reddi et al., arXiv:2003.00295)."""
+
+    kind: Literal["none", "fedavgm", "fedadam"] = "none"
+    """none: the average is the next adapter. The others take it as a pseudo-gradient."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Step along the pseudo-gradient. For fedadam about 1e-3."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment (beta_1)."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of fedadam's second moment."""
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """fedadam's floor under the root of the second moment: how adaptive it is."""
+
+
+class RobustSettings(Settings):
+    """Bounds on what one site can do to the average."""
+
+    num_byzantine: Annotated[int, Field(ge=0)] = 1
+    """Sites that may lie: the krums and trimmed_mean bear this many."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest Frobenius norm of a site's change of the whole model, alpha / rank * B @ A over all
+    modules, before any average; a longer one is shortened. 0 = no bound."""
+
+
+AGGREGATIONS = Literal[
+    "products",
+    "factors",
+    "alternating",
+    "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+]
 
 
 class FederationSettings(Settings):
     """One federated run: `[tool.flwr.app.config]`, or `flwr run . -c 'key=value'`."""
 
-    base_model: str
+    base_model: str = ""
     """Directory of the base model (Hugging Face layout). Every site must hold the same digest."""
-    out: str
+    out: str = ""
     """Directory of the run: adapters, updates in flight, events."""
+    resume: str = ""
+    """Directory of an interrupted run to go on with; its settings are taken from there."""
     simulated_sites: str = ""
     """Simulation only: a directory with one folder a site. A real site names its own data."""
     num_rounds: Annotated[int, Field(ge=1)] = 4
     num_sites: Annotated[int, Field(ge=1)] = 2
     """Sites to wait for before the first round. A later round goes on with those that are there."""
-    aggregation: Literal["products", "factors"] = "products"
-    """products: the exact mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way."""
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of an adapter on the wire."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the connected sites that a round asks, drawn anew each round from ``seed``."""
+    quorum: Annotated[int, Field(ge=1)] = 1
+    """Usable updates without which a round does not count."""
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Longest wait for the replies of one round."""
+    """Longest wait for the replies of one round; messages expire with it."""
+    round_attempts: Annotated[int, Field(ge=1)] = 2
+    """How often a round without quorum is tried before the run ends."""
+    late_replies: Literal["drop", "fold"] = "drop"
+    """What becomes of an update that comes after its round: named and dropped, or its change is
+    folded into the round in which it comes."""
+    aggregation: AGGREGATIONS = "products"
+    """products: the exact mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way.
+    alternating: B and A are trained in turns, so that plain sums are exact. The others bear
+    sites that lie: see ``robust``."""
+    tail_rank: Annotated[int, Field(ge=0, le=1024)] = 32
+    """products only: rank of what the cut to ``adapter.rank`` loses and the next round gets back.
+    0 = it is lost."""
     seed: Annotated[int, Field(ge=0)] = 0
     adapter: AdapterSettings = AdapterSettings()
+    wire: WireSettings = WireSettings()
+    server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
+    robust: RobustSettings = RobustSettings()
     training: dict[str, Any] = {}
     """Passed on to the sites as it is: client.settings.TrainingSettings."""
 
     @model_validator(mode="after")
     def _paths_are_named(self) -> Self:
         for name in ("base_model", "out"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not self.resume:
                 raise ValueError(f"{name} is empty: pass it with -c '{name}=\"DIRECTORY\"'")
         return self
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        kind, num_byzantine = self.aggregation, self.robust.num_byzantine
+        needed = needed_updates(kind, num_byzantine)
+        if self.quorum < needed:
+            raise ValueError(
+                f"quorum is {self.quorum}: aggregation {kind} with robust.num_byzantine "
+                f"{num_byzantine} needs {needed} updates: raise quorum or lower num_byzantine"
+            )
+        if self.quorum > self.num_sites:
+            raise ValueError(
+                f"quorum is {self.quorum} and num_sites {self.num_sites}: expected a quorum of at "
+                "most the sites that the first round waits for"
+            )
+        if self.adapter.energy and kind != "products":
+            raise ValueError(
+                f"adapter.energy is {self.adapter.energy} and aggregation {kind}: only products "
+                'choose the rank; set adapter.energy=0 or aggregation="products"'
+            )
+        if self.robust.clip_norm and kind in ("factors", "alternating", "median", "trimmed_mean"):
+            raise ValueError(
+                f"robust.clip_norm is {self.robust.clip_norm} and aggregation {kind}: a change is "
+                "shortened in product space, so use products, krum, multi_krum or geometric_median"
+            )
+        optimizer = self.server_optimizer
+        if kind == "alternating" and optimizer.kind != "none":
+            raise ValueError(
+                f"server_optimizer.kind is {optimizer.kind} and aggregation alternating, which "
+                "turns the factors every round: momentum of the old ones would be noise"
+            )
+        if optimizer.kind == "fedadam" and optimizer.learning_rate > 0.1:
+            raise ValueError(
+                f"server_optimizer.learning_rate is {optimizer.learning_rate:g}: fedadam moves "
+                "every number of a factor by about that much: expected at most 0.1, try 0.001"
+            )
+        if kind == "alternating" and self.wire.uplink in ("int8", "int4"):
+            raise ValueError(
+                f"wire.uplink is {self.wire.uplink} and aggregation alternating, which turns the "
+                "factors every round, so that error feedback would be in the old ones: use float32 "
+                "or bfloat16"
+            )
+        return self
+
+
+def needed_updates(aggregation: str, num_byzantine: int) -> int:
+    """Return the updates below which an aggregation cannot bear ``num_byzantine`` liars."""
+    # Krum: Blanchard et al., arXiv:1703.02757. A trimmed mean must leave something in the middle.
+    extra = {"krum": 3, "multi_krum": 3, "trimmed_mean": 1}
+    return 2 * num_byzantine + extra[aggregation] if aggregation in extra else 1
 
 
 def load_settings(kind: type[SettingsKind], values: Mapping[str, Any], source: str) -> SettingsKind:
@@ -86,7 +208,12 @@ def load_settings(kind: type[SettingsKind], values: Mapping[str, Any], source: s
         *tables, name = key.split(".")
         table = nested
         for part in tables:
-            table = table.setdefault(part, {})
+            inner = table.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise SettingsError(
+                    f"{source}: '{key}' says that '{part}' is a table, but it is {inner!r} before"
+                )
+            table = inner
         table[name] = value
     try:
         return kind(**nested)

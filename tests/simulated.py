@@ -1,76 +1,214 @@
-"""Sites in memory: they implement the product's own interface, and faults are one-liners."""
+"""Sites in memory: they implement the product's own interfaces, and faults are one-liners.
 
-from collections.abc import Callable, Sequence
+`SimulatedSites` stands where the rounds expect `Sites`; a site's training is a function of the
+adapter, and a faulty site is one more value in a dict:
+
+    sites.faults["c"] = drop                      never answers
+    sites.faults["c"] = in_rounds({2}, crash)     fails in round 2 only
+
+`LocalGrid` stands where Flower has its grid, with the real ClientApp behind it; `spoil` changes
+what its pull brings.
+"""
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from federation.adapter import Adapter, LowRank
-from federation.rounds import Reply, Request
-from federation.wire import encode, open_update
+from federation.sites import Reply, Request
+from federation.wire import Factors, Update, encode, open_update
+
+Move = Callable[[Adapter], Adapter]
+Fault = Callable[[Reply], list[tuple[int, Reply]]]
+"""What becomes of a reply: what arrives, and after how many more requests to any site."""
+
+
+def drop(_: Reply) -> list[tuple[int, Reply]]:
+    """Lose the reply."""
+    return []
+
+
+def delay(rounds: int) -> Fault:
+    """Bring the reply so many requests later."""
+    return lambda reply: [(rounds, reply)]
+
+
+def duplicate(reply: Reply) -> list[tuple[int, Reply]]:
+    """Bring the reply twice."""
+    return [(0, reply), (0, reply)]
+
+
+def crash(reply: Reply) -> list[tuple[int, Reply]]:
+    """Bring the error of a site whose process died, as Flower reports it."""
+    reason = "error 8: ClientApp stopped responding."
+    return [(0, Reply(reply.site, reply.server_round, error=reason))]
+
+
+def corrupt(reply: Reply) -> list[tuple[int, Reply]]:
+    """Flip a bit in the middle of the update."""
+    spoiled = bytearray(reply.update)
+    spoiled[len(spoiled) // 2] ^= 1
+    return [(0, dataclasses.replace(reply, update=bytes(spoiled)))]
+
+
+def truncate(reply: Reply) -> list[tuple[int, Reply]]:
+    """Cut the update off."""
+    return [(0, dataclasses.replace(reply, update=reply.update[: len(reply.update) // 2]))]
+
+
+def say(**changes: object) -> Fault:
+    """Bring the reply with other numbers beside the update."""
+    return lambda reply: [(0, dataclasses.replace(reply, **changes))]
+
+
+def forge(change: Callable[[dict[str, object], bytearray], None]) -> Fault:
+    """Change header and tensors of the update and make its checksum right again."""
+
+    def fault(reply: Reply) -> list[tuple[int, Reply]]:
+        message = bytes(reply.update)
+        length = struct.unpack_from("<I", message, 6)[0]
+        header, tensors = json.loads(message[10 : 10 + length]), bytearray(message[10 + length :])
+        del tensors[-32:]
+        change(header, tensors)
+        raw = json.dumps(header).encode()
+        body = message[:6] + struct.pack("<I", len(raw)) + raw + bytes(tensors)
+        forged = body + hashlib.sha256(body).digest()
+        return [(0, dataclasses.replace(reply, update=forged))]
+
+    return fault
+
+
+def in_rounds(rounds: Collection[int], fault: Fault) -> Fault:
+    """Let a fault happen in some rounds only."""
+    return lambda reply: fault(reply) if reply.server_round in rounds else [(0, reply)]
+
+
+def once(fault: Fault) -> Fault:
+    """Let a fault happen to the first reply only."""
+    faults = iter([fault])
+
+    def first(reply: Reply) -> list[tuple[int, Reply]]:
+        return next(faults, lambda r: [(0, r)])(reply)
+
+    return first
 
 
 class SimulatedSites:
     """Sites whose training is a function of the adapter: ``moves[name](adapter) -> adapter``."""
 
-    def __init__(
-        self,
-        scratch: Path,
-        moves: dict[str, Callable[[Adapter], Adapter]],
-        *,
-        order: Sequence[str] | None = None,
-    ) -> None:
+    def __init__(self, scratch: Path, moves: dict[str, Move], *, order: str = "") -> None:
+        """Answer in the order of the names in ``order``, or of ``moves``."""
         self.scratch = scratch
         self.moves = moves
+        self.faults: dict[str, Fault] = {}
+        self.ranks: dict[str, int] = {}
         self.order = list(order or moves)
         self.num_examples = {name: 10 * (index + 1) for index, name in enumerate(moves)}
-        self.replies: list[Reply] = []
-        self.requests: list[Request] = []
-        self.spoil: dict[str, Callable[[Reply], Reply | None]] = {}
+        self.requests: list[tuple[list[str], Request]] = []
+        self._arrivals: list[tuple[int, Reply]] = []
+        self._held: dict[str, Update] = {}
 
     def wait_for(self, count: int, timeout_s: float) -> list[str]:
+        """Return every site."""
         return list(self.moves)
 
     def send(self, sites: Sequence[str], request: Request) -> None:
-        self.requests.append(request)
-        path = self.scratch / "received"
-        path.write_bytes(request.adapter)
-        update = open_update(path)
-        for name in self.order:
-            moved = self.moves[name](update.adapter())
-            reply = Reply(
-                name,
-                encode(moved, dtype="float32", base_model=update.base_model),
-                None,
-                num_examples=self.num_examples[name],
-                train_loss=2.0,
-                seconds=0.1,
-            )
-            spoiled = self.spoil.get(name, lambda reply: reply)(reply)
-            if spoiled is not None:
-                self.replies.append(spoiled)
+        """Let each site answer; what it sends arrives in `receive`."""
+        self.requests.append((list(sites), request))
+        self._arrivals = [(wait - 1, reply) for wait, reply in self._arrivals]
+        for name in [name for name in self.order if name in sites]:
+            reply = self._answer(name, request)
+            self._arrivals += self.faults.get(name, lambda r: [(0, r)])(reply)
 
     def receive(self) -> Reply | None:
-        return self.replies.pop(0) if self.replies else None
+        """Return the first reply whose time has come."""
+        for index, (wait, reply) in enumerate(self._arrivals):
+            if wait <= 0:
+                del self._arrivals[index]
+                return reply
+        return None
+
+    def _answer(self, name: str, request: Request) -> Reply:
+        from federation.wire import REFERENCE_MISSING, MissingReferenceError, write_message
+
+        path = self.scratch / f"{name}-{request.server_round}-{len(self.requests)}"
+        path.write_bytes(request.message.read_bytes())
+        try:
+            received = open_update(path, reference=self._held.get(name))
+        except MissingReferenceError as error:
+            return Reply(
+                name,
+                request.server_round,
+                error=f"error {REFERENCE_MISSING}: {error}",
+                lacks_reference=True,
+            )
+        held = path.with_suffix(".held")
+        write_message(held, received, dtype="float32", base_model=received.base_model)
+        self._held[name] = open_update(held)
+        adapter = received.adapter().first_slices(self.ranks.get(name, received.rank))
+        return Reply(
+            name,
+            request.server_round,
+            update=encoded(self.moves[name](adapter), request, self._held[name]),
+            num_examples=self.num_examples[name],
+            train_loss=2.0,
+            seconds=0.1,
+        )
 
 
-def drift(seed: int) -> Callable[[Adapter], Adapter]:
-    """Return a site that moves both factors by its own seeded noise."""
+def encoded(adapter: Adapter, request: Request, reference: Factors) -> bytes:
+    """Return a trained adapter as the request wants it."""
+    return encode(
+        adapter,
+        dtype=request.uplink,
+        base_model=reference.base_model,
+        reference=reference,
+        factors=request.trains,
+    )
+
+
+def moved(adapter: Adapter, change: Callable[[LowRank], LowRank]) -> Adapter:
+    """Return an adapter with every module changed."""
+    modules = {name: change(factors) for name, factors in adapter.modules.items()}
+    return Adapter(adapter.rank, adapter.alpha, modules)
+
+
+def drift(seed: int, size: float = 0.01) -> Move:
+    """Return a site that moves both factors by its own noise, the same in every round."""
     import torch
 
     def move(adapter: Adapter) -> Adapter:
         generator = torch.Generator().manual_seed(seed)
-        return Adapter(
-            adapter.rank,
-            adapter.alpha,
-            {
-                name: LowRank(
-                    f.b_OR + 0.01 * torch.randn(f.b_OR.shape, generator=generator),
-                    f.a_RI + 0.01 * torch.randn(f.a_RI.shape, generator=generator),
-                )
-                for name, f in adapter.modules.items()
-            },
+        return moved(
+            adapter,
+            lambda f: LowRank(
+                f.b_OR + size * torch.randn(f.b_OR.shape, generator=generator),
+                f.a_RI + size * torch.randn(f.a_RI.shape, generator=generator),
+            ),
         )
 
     return move
+
+
+class Ticks:
+    """A clock on which every look costs a moment, and waiting what it should, without waiting."""
+
+    def __init__(self, moment: float = 1e-3) -> None:
+        """Start at 0."""
+        self.now = 0.0
+        self._moment = moment
+
+    def __call__(self) -> float:
+        """Return the time."""
+        self.now += self._moment
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Move on."""
+        self.now += seconds
 
 
 class LocalGrid:
@@ -93,22 +231,29 @@ class LocalGrid:
             for index, config in enumerate(node_configs)
         }
         self.server_context = Context(1, 1, {}, RecordDict(), dict(run_config))
+        self.spoil: Callable[[object], list[object]] = lambda message: [message]
+        """What becomes of a message that is pulled: [] drops it, two are a duplicate."""
         self._replies: dict[str, object] = {}
+        self._count = 0
 
     def get_node_ids(self) -> list[int]:
+        """Return every site."""
         return list(self.contexts)
 
     def push_messages(self, messages: Sequence[object]) -> list[str]:
+        """Answer each message at once."""
         from client.client_app import app
 
         ids = []
         for message in messages:
-            number = f"message-{len(self._replies)}-{len(ids)}"
-            message.metadata.__dict__["_message_id"] = number  # as a SuperLink would
+            self._count += 1
+            message.metadata.__dict__["_message_id"] = f"message-{self._count}"  # as a SuperLink
             ids.append(message.metadata.message_id)
             context = self.contexts[message.metadata.dst_node_id]
             self._replies[ids[-1]] = app(message, context)
         return ids
 
     def pull_messages(self, message_ids: Sequence[str]) -> list[object]:
-        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+        """Return the answers to some messages."""
+        found = [self._replies.pop(name) for name in message_ids if name in self._replies]
+        return [arrived for message in found for arrived in self.spoil(message)]

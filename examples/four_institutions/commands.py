@@ -5,12 +5,10 @@ stopped; what it cost the first time is kept in `commands.jsonl`. Two lanes of o
 two cores better than one lane of two threads: small matrices spend a second thread on waiting.
 """
 
-import ctypes
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -28,18 +26,8 @@ from rich.markup import escape
 from federation.atomic import write_atomically
 from federation.errors import FedgeError
 
-ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore",
-    # Waiting threads sleep instead of spinning: seven times faster where something else runs too.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
+from processes import end_with_parent, environment
 
 
 class CommandError(FedgeError):
@@ -206,19 +194,6 @@ def run_to_end(
     if process.returncode:
         raise CommandError(f"exit code {process.returncode} of: {typed}")
     return printed or ""
-
-
-def end_with_parent() -> None:
-    """Ask Linux to send SIGTERM to this process when its parent dies, `kill -9` included."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a command: nothing calls home, and our own programs are found."""
-    here = str(Path(sys.executable).parent)
-    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **ENVIRONMENT, **extra, "PATH": path}
 
 
 class PeakMemory:

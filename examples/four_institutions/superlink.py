@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-from commands import CommandError, end_with_parent, environment
+from commands import CommandError
+from processes import end_trees, end_with_parent, environment, free_ports
 from rich.console import Console
 
 from federation.atomic import write_atomically
@@ -23,9 +23,7 @@ def superlink(home: Path, console: Console) -> Iterator[None]:
     `flwr run .` starts one by itself too, but that one stays behind when the run is over.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     write_atomically(
         home / "config.toml",
         f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\naddress = "127.0.0.1:{port}"\n'
@@ -48,7 +46,7 @@ def superlink(home: Path, console: Console) -> Iterator[None]:
         _wait_for_port(process, port, home / "superlink.log")
         yield
     finally:
-        _end_tree(process)
+        end_trees([process])
 
 
 def _wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -58,18 +56,3 @@ def _wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> No
             return
         time.sleep(0.2)
     raise CommandError(f"the SuperLink did not start: see {log}")
-
-
-def _end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process and all it started to end, and make them after 10 s."""
-    if process.poll() is not None:
-        return
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=10)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()

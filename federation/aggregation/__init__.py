@@ -1,70 +1,278 @@
 """Averaging LoRA updates on the server, module by module.
 
-`aggregate` is the walk over the modules; how one module is averaged is a pure function: exactly, in
-product space (`products`), or factor by factor as most systems do (`factors`).
+`aggregate` is the walk over the modules with one module of every site in memory; how one module is
+averaged is a pure function. Three families:
+
+- weights: the exact mean of ``B_k @ A_k`` (`products`), with even or chosen weights when some
+  sites may lie (`krum`, `multi_krum`, `geometric_median`, a clip of long updates: `robust`);
+- coordinates: A and B each by themselves (`factors`, the usual mean; `median`, `trimmed_mean`);
+- `alternating`: one factor is trained and sent, the other is frozen, so a plain sum is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from federation.adapter import Adapter, LowRank
+from federation.adapter import LowRank
+from federation.aggregation import robust
+from federation.aggregation.alternating import average_factor
 from federation.aggregation.errors import AggregationError
 from federation.aggregation.factors import average_factors
-from federation.aggregation.products import average_products
+from federation.aggregation.products import (
+    Average,
+    Spectrum,
+    Stack,
+    average_products,
+    cut,
+    slice_weights_with_origin,
+    spectrum,
+    take_differences,
+)
 
 if TYPE_CHECKING:
-    from federation.wire import Update
+    from torch import Tensor
 
-AVERAGES: dict[str, Callable[[Sequence[LowRank], Sequence[float], int], tuple[LowRank, float]]] = {
-    "products": average_products,
-    "factors": average_factors,
-}
+    from federation.update import Readable
+
+CHOOSES_WEIGHTS = ("krum", "multi_krum", "geometric_median")
+COORDINATES = ("factors", "median", "trimmed_mean")
+TREATS_SITES_EVENLY = ("median", "trimmed_mean", *CHOOSES_WEIGHTS)
+"""With these a site that claims many examples gains nothing by it."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the updates of a round become the next adapter; see federation.settings."""
+
+    kind: str
+    rank: int
+    """Of the result; with an ``energy`` of the first result."""
+    alpha: float
+    tail_rank: int = 0
+    energy: float = 0.0
+    max_rank: int = 0
+    num_byzantine: int = 0
+    clip_norm: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What ``B @ A`` is multiplied by; it stays when the rank changes."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class ModuleAverage:
+    """One module of the next adapter."""
+
+    name: str
+    factors: LowRank
+    tail: LowRank | None
+    error: float
+    """Relative Frobenius error of the rank cut, or of averaging factors."""
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """An average that is taken while it is iterated: one module of each site in memory."""
+
+    rank: int
+    alpha: float
+    shares: tuple[float, ...]
+    """What each update weighs, in order; less than 1 in all when some were shortened."""
+    modules: Iterator[ModuleAverage]
 
 
 def aggregate(
-    updates: Sequence[Update], weights: Sequence[float], *, kind: str, rank: int, alpha: float
-) -> tuple[Adapter, float]:
-    """Return the weighted average of updates on disk and the largest relative error of a module.
+    updates: Sequence[Readable],
+    weights: Sequence[float],
+    rule: Rule,
+    *,
+    origin: Readable,
+    trains: str = "AB",
+    tails: Callable[[str], LowRank | None] = lambda _: None,
+) -> Aggregation:
+    """Average updates on disk.
 
-    Holds one module of every update at a time. The result depends on the order of ``updates`` in
-    its last bits only; callers sort by digest, so that the order of arrival changes nothing at all.
+    The result depends on the order of ``updates`` in its last bits only; callers sort by digest, so
+    that the order of arrival changes nothing at all.
 
     Args:
-        updates: One a site, ranks and alphas may differ.
+        updates: One a site, at the scale of ``origin``; ranks may differ.
         weights: Number of examples at each site.
-        kind: "products" or "factors".
-        rank: Rank of the result.
-        alpha: LoRA alpha of the result.
+        rule: Which average.
+        origin: The adapter that the sites were sent.
+        trains: "AB", or the one factor that was trained ("A" or "B", alternating).
+        tails: What the last average lost in a module.
 
     Raises:
-        AggregationError: The updates do not belong to the same modules or the same base model.
+        AggregationError: The updates do not belong to the same modules or the same base model, or
+            are too few for the rule.
     """
+    _check(updates, origin)
+    walk = _Walk(updates, rule, origin)
+    if rule.kind in TREATS_SITES_EVENLY:
+        weights = [1.0] * len(updates)
+    shares, clips = _shares(walk, weights)
+    rank = rule.rank
+    if rule.kind in COORDINATES or rule.kind == "alternating":
+        modules = _coordinate_modules(walk, shares, trains)
+    else:
+        known: dict[str, Spectrum] = {}
+        if rule.energy:
+            for name in walk.names:
+                known[name] = spectrum(walk.stack(name, shares, clips, tails(name)))
+            rank = max(decomposed.rank_for(rule.energy) for decomposed in known.values())
+            rank = min(max(rank, 1), rule.max_rank)
+        modules = _product_modules(walk, shares, clips, tails, rank, known)
+    effective = tuple(share * clip for share, clip in zip(shares, clips, strict=True))
+    return Aggregation(rank, rule.scale * rank, effective, modules)
+
+
+def _check(updates: Sequence[Readable], origin: Readable) -> None:
     if not updates:
         raise AggregationError("there is no update to average")
-    first = updates[0]
-    for update in updates[1:]:
-        if update.base_model != first.base_model:
+    for update in updates:
+        if update.base_model != origin.base_model:
             raise AggregationError(
-                f"updates for two base models: {first.base_model[:16]}… and "
+                f"updates for two base models: {origin.base_model[:16]}… and "
                 f"{update.base_model[:16]}…: every site must hold the same model"
             )
-        if update.shapes() != first.shapes():
+        if update.shapes() != origin.shapes():
             raise AggregationError("updates with different modules or shapes cannot be averaged")
-    modules, worst = {}, 0.0
-    for name in first.modules:
-        factors = [_rescaled(update, name, alpha / rank) for update in updates]
-        modules[name], error = AVERAGES[kind](factors, weights, rank)
-        worst = max(worst, error)
-    return Adapter(rank, alpha, modules), worst
 
 
-def _rescaled(update: Update, module: str, scale: float) -> LowRank:
-    """Return one site's factors such that ``scale * B @ A`` is that site's update."""
-    factors = update.read(module)
-    own = update.alpha / update.rank
-    return factors if own == scale else LowRank(factors.b_OR * (own / scale), factors.a_RI)
+def _shares(walk: _Walk, weights: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return each update's share of the mean, and the fraction of its change that counts."""
+    rule, total = walk.rule, float(sum(weights))
+    if min(weights) < 0 or not 0 < total < float("inf"):
+        raise AggregationError(f"weights {list(weights)}: expected counts with a positive sum")
+    shares = [weight / total for weight in weights]
+    if rule.kind not in CHOOSES_WEIGHTS and not rule.clip_norm:
+        return shares, [1.0] * len(shares)
+    return robust.robust_weights(
+        walk.gram_of_changes(),
+        shares,
+        kind=rule.kind,
+        num_byzantine=rule.num_byzantine,
+        clip_norm=rule.clip_norm,
+    )
 
 
-__all__ = ["AVERAGES", "AggregationError", "aggregate", "average_factors", "average_products"]
+def _coordinate_modules(
+    walk: _Walk, shares: Sequence[float], trains: str
+) -> Iterator[ModuleAverage]:
+    """Average A and B apart."""
+    rule = walk.rule
+    for name in walk.names:
+        factors = [update.read(name) for update in walk.updates]
+        error = 0.0
+        if rule.kind == "alternating":
+            average = average_factor(walk.origin.read(name), factors, shares, trains)
+        elif rule.kind == "median":
+            average = robust.median_factors(factors, rule.rank)
+        elif rule.kind == "trimmed_mean":
+            average = robust.trimmed_mean_factors(factors, rule.rank, rule.num_byzantine)
+        else:
+            average, error = average_factors(factors, shares, rule.rank)
+        yield ModuleAverage(name, average, None, error)
+
+
+def _product_modules(
+    walk: _Walk,
+    shares: Sequence[float],
+    clips: Sequence[float],
+    tails: Callable[[str], LowRank | None],
+    rank: int,
+    known: dict[str, Spectrum],
+) -> Iterator[ModuleAverage]:
+    """Average the products exactly; ``known`` holds spectra that were taken to choose the rank."""
+    for name in walk.names:
+        stack = walk.stack(name, shares, clips, tails(name))
+        decomposed = known.pop(name, None) or spectrum(stack)
+        average = cut(stack, decomposed, rank, walk.rule.tail_rank)
+        yield ModuleAverage(name, average.factors, average.tail, average.error)
+
+
+class _Walk:
+    """Reads one module of every update into buffers that are used again for the next module."""
+
+    def __init__(self, updates: Sequence[Readable], rule: Rule, origin: Readable) -> None:
+        self.updates = updates
+        self.rule = rule
+        self.origin = origin
+        self.names = origin.modules
+        self._shapes = origin.shapes()
+        self._buffers: dict[str, Tensor] = {}
+        self._weights: dict[int, tuple[Tensor, Tensor, bool]] = {}
+
+    def gram_of_changes(self) -> Tensor:
+        """Return the inner products of the sites' changes of the whole model, [n, n] float64."""
+        import torch
+
+        count = len(self.updates)
+        gram_NN = torch.zeros(count, count, dtype=torch.float64)
+        for name in self.names:
+            factors = [update.read(name) for update in self.updates]
+            gram_NN += robust.changes_gram(self.origin.read(name), factors)
+        return gram_NN * self.rule.scale**2
+
+    def stack(
+        self, name: str, shares: Sequence[float], clips: Sequence[float], tail: LowRank | None
+    ) -> Stack:
+        """Return the factors of those updates that count, with their weights.
+
+        A change that is shortened to the fraction c counts as c of the site's update and 1 - c of
+        what the site was sent; a slice that no site has stays what was sent. Where that is so,
+        what was sent is one more participant.
+        """
+        tail_rank = 0 if tail is None else len(tail.a_RI)
+        if tail_rank not in self._weights:  # the same for all modules but for the tail's rank
+            counted = [i for i, share in enumerate(shares) if share > 0]
+            self._weights[tail_rank] = slice_weights_with_origin(
+                [self.updates[i].rank for i in counted],
+                [shares[i] for i in counted],
+                [clips[i] for i in counted],
+                origin_rank=self.origin.rank,
+                tail_rank=tail_rank,
+            )
+        weights_S, mean_RS, needs_origin = self._weights[tail_rank]
+        parts = [part for part, share in zip(self.updates, shares, strict=True) if share > 0]
+        if needs_origin:
+            parts.append(self.origin)
+        out_features, in_features = self._shapes[name]
+        b_SO = self._buffer("b", len(weights_S), out_features)
+        a_SI = self._buffer("a", len(weights_S), in_features)
+        start = 0
+        for part in parts:
+            rows = slice(start, start + part.rank)
+            part.read_rows(name, b_SO[rows], a_SI[rows])
+            start += part.rank
+        if tail is not None:
+            b_SO[start:], a_SI[start:] = tail.b_OR.mT, tail.a_RI
+        reference_S = take_differences(a_SI, [part.rank for part in parts])
+        return Stack(b_SO, a_SI, reference_S, weights_S, mean_RS)
+
+    def _buffer(self, kind: str, rows: int, columns: int) -> Tensor:
+        """Return uninitialised float32 rows in a buffer that grows to the largest module."""
+        import torch
+
+        buffer = self._buffers.get(kind)
+        if buffer is None or buffer.numel() < rows * columns:
+            del buffer
+            self._buffers.pop(kind, None)
+            buffer = self._buffers[kind] = torch.empty(rows * columns)
+        return buffer[: rows * columns].view(rows, columns)
+
+
+__all__ = [
+    "Aggregation",
+    "AggregationError",
+    "Average",
+    "ModuleAverage",
+    "Rule",
+    "aggregate",
+    "average_factors",
+    "average_products",
+]

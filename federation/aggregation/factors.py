@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from federation.adapter import LowRank
 from federation.aggregation.errors import normalised_weights
+from federation.aggregation.products import slice_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def average_factors(
     updates: Sequence[LowRank], weights: Sequence[float], rank: int
 ) -> tuple[LowRank, float]:
-    """Return ``(mean(B), mean(A))``, ranks padded with zeros or cut, and its relative error.
+    """Return ``(mean(B), mean(A))``, each slice over the clients that have it, and its error.
 
     Args:
         updates: One per client, all with the same O and I.
@@ -26,26 +27,28 @@ def average_factors(
         rank: Rank of the result.
 
     Returns:
-        The averaged factors, and ``||mean(B) mean(A) - mean(B A)|| / ||mean(B A)||`` (Frobenius).
+        The averaged factors, cut or padded with zeros to ``rank``, and
+        ``||mean(B) mean(A) - mean(B A)|| / ||mean(B A)||`` (Frobenius).
 
     Raises:
         AggregationError: ``weights`` do not sum to a positive number, or O or I differ.
     """
     import torch
 
-    fractions = normalised_weights(updates, weights)
-    first = updates[0]
-    b_OR = torch.zeros(first.b_OR.shape[0], rank, dtype=first.b_OR.dtype)
-    a_RI = torch.zeros(rank, first.a_RI.shape[1], dtype=first.a_RI.dtype)
-    for fraction, update in zip(fractions, updates, strict=True):
-        width = min(rank, update.b_OR.shape[1])
-        b_OR[:, :width] += fraction * update.b_OR[:, :width]
-        a_RI[:width] += fraction * update.a_RI[:width]
+    shares = normalised_weights(updates, weights)
+    ranks = [len(update.a_RI) for update in updates]
+    weights_S, mean_RS = slice_weights(ranks, shares)
+    b_OS = torch.cat([update.b_OR for update in updates], dim=1)
+    a_SI = torch.cat([update.a_RI for update in updates], dim=0)
+    dtype, num_means = b_OS.dtype, min(rank, len(mean_RS))
+    b_OR = torch.zeros(len(b_OS), rank, dtype=dtype)
+    a_RI = torch.zeros(rank, a_SI.shape[1], dtype=dtype)
+    b_OR[:, :num_means] = b_OS @ mean_RS[:num_means].mT.to(dtype)
+    a_RI[:num_means] = mean_RS[:num_means].to(dtype) @ a_SI
 
-    exact_b = torch.cat([f * u.b_OR for f, u in zip(fractions, updates, strict=True)], dim=1)
-    exact_a = torch.cat([update.a_RI for update in updates], dim=0)
-    size = _product_norm(exact_b, exact_a)
-    distance = _product_norm(torch.cat([exact_b, -b_OR], 1), torch.cat([exact_a, a_RI], 0))
+    exact_b = b_OS * weights_S.to(dtype)
+    size = _product_norm(exact_b, a_SI)
+    distance = _product_norm(torch.cat([exact_b, -b_OR], 1), torch.cat([a_SI, a_RI], 0))
     return LowRank(b_OR, a_RI), distance / size if size > 0 else 0.0
 
 

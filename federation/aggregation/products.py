@@ -3,20 +3,39 @@
 The mean of products is not the product of means: ``mean(B_k @ A_k)`` is the update that federated
 averaging asks for, and ``mean(B_k) @ mean(A_k)`` is not.
 
-The mean of K products is one product of the concatenated factors, so its best low-rank
-approximation comes from two Gram matrices of the size of the summed ranks (Eckart and Young, 1936);
-the out x in matrix is never formed. What remains free is the gauge: ``(B G^-1)(G A)`` is the same
-update for every invertible G, but not the same for the clients' optimizer. We keep the clients'
-own: A stays the mean A, projected on the row space that is kept, and B takes the rest. A balanced
-split of the singular values, as FlexLoRA does it, trains measurably worse (docs/experiments.md).
+The mean of K products is one product of the concatenated factors, ``P = Bᵀ W A`` with a diagonal W
+of weights (B and A hold one slice a row here), so its best low-rank approximation comes from two
+Gram matrices of the size of the summed ranks (Eckart and Young, 1936); the out x in matrix is
+never formed. With ``A Aᵀ = L Lᵀ`` the rows of ``L⁻¹ A`` are orthonormal, and the right singular
+vectors of P in them are the eigenvectors of ``Lᵀ W (B Bᵀ) W L``. So only A has to be factorised,
+and a B that is zero or deficient costs nothing.
 
-Shape letters: O out features, I in features, R target rank, S sum of all client ranks,
-P numerical rank of the stacked A, Q rank that is kept of the product.
+After a few local steps the A's of all sites are nearly the same (SmolLM2: 3 % apart), and float32
+Gram matrices of nearly equal rows have lost what tells them apart. So A is stacked as one site's
+rows and the others' differences from them, an exact change of basis; the products stay in float32.
+
+What remains free is the gauge: ``(B G⁻¹)(G A)`` is the same update for every invertible G, but not
+the same for the clients' optimizer. We keep the clients' own: A stays the mean A, projected on the
+row space that is kept, and B takes the rest. A balanced split of the singular values, as FlexLoRA
+does it, trains measurably worse (docs/experiments.md).
+
+What the cut to the target rank loses can be returned as a `tail`, and given to the next average
+as one more participant: nothing that a site learnt is lost for good.
+
+Clients of smaller rank hold the first slices (column i of B, row i of A) of the served adapter.
+Then each slice is to be weighted by the clients that have it: the plain mean counts the others as
+zeros, and shrinks the high slices a little every round (rank collapse: raFLoRA, arXiv:2602.13486).
+
+Shape letters: O out features, I in features, N either; R target rank, T tail rank, S sum of all
+client ranks (and the tail's), P numerical rank of the stacked A, K of the
+stacked B, Q rank of the product or of what is kept of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from federation.adapter import LowRank
@@ -25,15 +44,87 @@ from federation.aggregation.errors import normalised_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SLAB = 4096
-"""Columns that are widened to float64 at a time: bounds the copy, keeps the sums exact enough."""
+_TILE = 4096
+"""Columns of one product; the sums over tiles are taken in float64."""
+_BLOCK_ROWS = 4
+"""Parts in which a Gram matrix is taken, so that most of its upper half is not computed twice."""
+_LEAST_PIVOT = 1e-3
+"""Smallest squared pivot of the row-normalised A for which float32 products are exact enough."""
 _MAX_GAUGE_CONDITION = 100.0
 """A mean A that nearly lost a direction is propped up to this condition number."""
+_NARROW_GAUGE_CONDITION = 8.0
+"""Up to it the results are combined in float32, beyond it in float64."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The factors of all participants in one module, one under the other.
+
+    ``b_SO`` and ``a_SI`` may be views of buffers that the caller uses again for the next module.
+    """
+
+    b_SO: Tensor
+    """Columns of the B's as rows."""
+    a_SI: Tensor
+    """Rows of the A's, or their differences from the rows that ``reference_S`` names."""
+    reference_S: Tensor
+    """int64: the row that was subtracted from this one, or the row itself for none."""
+    weights_S: Tensor
+    """float64: what each slice is multiplied by in the mean."""
+    mean_rows_RS: Tensor
+    """float64, R the largest rank of a client: takes the rows of the A's to the mean A."""
+
+    def undo_differences(self, coordinates_SP: Tensor) -> Tensor:
+        """Return the coordinates of the A's own rows, given those of ``a_SI``."""
+        import torch
+
+        own_S = torch.arange(len(self.reference_S))
+        is_difference_S1 = (self.reference_S != own_S)[:, None]
+        return coordinates_SP + is_difference_S1 * coordinates_SP[self.reference_S]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular value decomposition of a mean update, in coordinates of the stacked rows."""
+
+    values_Q: Tensor
+    """Singular values, falling, without those that are zero."""
+    vectors_PQ: Tensor
+    """Right singular vectors, in an orthonormal basis of the rows of the A's."""
+    rows_SP: Tensor
+    """The A's own rows in those orthonormal rows."""
+    inverse_SP: Tensor
+    """``inverse_SP.T @ stack.a_SI`` are those orthonormal rows."""
+    is_wide: bool
+    """The rows are so dependent that the results must be combined in float64."""
+
+    def rank_for(self, energy: float) -> int:
+        """Return the smallest rank that keeps this share of the squared norm."""
+        total = float(self.values_Q.square().sum())
+        kept = self.values_Q.square().cumsum(0)
+        return 1 + int((kept < energy * total).sum()) if total > 0 else 0
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean of one module's updates."""
+
+    factors: LowRank
+    tail: LowRank | None
+    """What the cut lost, up to the tail's rank; None when nothing was lost or asked for."""
+    error: float
+    """Relative Frobenius error that cutting the rank cost, before the tail gives it back."""
 
 
 def average_products(
-    updates: Sequence[LowRank], weights: Sequence[float], rank: int
-) -> tuple[LowRank, float]:
+    updates: Sequence[LowRank],
+    weights: Sequence[float],
+    rank: int,
+    *,
+    by_slice: bool = False,
+    tail: LowRank | None = None,
+    tail_rank: int = 0,
+) -> Average:
     """Return the best rank-``rank`` approximation of the weighted mean update.
 
     Exact when ``rank`` >= the rank of the mean. Time O((O + I) * S**2), memory O((O + I) * S).
@@ -42,111 +133,297 @@ def average_products(
         updates: One per client, in any ranks, all with the same O and I, scales folded into B.
         weights: Number of examples of each client (counts, not fractions). Same order.
         rank: Rank of the result; more than min(O, I) only adds zeros.
+        by_slice: Weigh slice i by the clients that have one, instead of by all.
+        tail: What the average before this one lost; added to the mean.
+        tail_rank: Largest rank of the tail to return.
 
     Returns:
-        Factors with exactly ``rank`` columns and rows, in the dtype of the input, and the relative
-        Frobenius error that cutting the rank cost.
+        Factors with exactly ``rank`` columns and rows, in the dtype of the input, and the tail.
 
     Raises:
         AggregationError: ``weights`` do not sum to a positive number, or O or I differ.
     """
+    stack = _stacked(updates, weights, tail, by_slice=by_slice)
+    return cut(stack, spectrum(stack), rank, tail_rank)
+
+
+def _stacked(
+    updates: Sequence[LowRank], weights: Sequence[float], tail: LowRank | None, *, by_slice: bool
+) -> Stack:
     import torch
 
-    fractions = normalised_weights(updates, weights)
-    dtype = updates[0].b_OR.dtype
-    b_OS = torch.cat([f * u.b_OR for f, u in zip(fractions, updates, strict=True)], dim=1)
-    a_SI = torch.cat([update.a_RI for update in updates], dim=0)
-    balance_S = _balance(b_OS, a_SI)
-    b_OS, a_SI = b_OS * balance_S.to(dtype), a_SI / balance_S[:, None].to(dtype)
-
-    # b_OS = (orthonormal) @ left_QS and a_SI = right_SP @ (orthonormal), up to rounding.
-    left_vectors_SQ, left_values_Q = _principal_axes(_gram(b_OS.mT))
-    right_vectors_SP, right_values_P = _principal_axes(_gram(a_SI))
-    left_QS = left_values_Q[:, None] * left_vectors_SQ.mT
-    right_SP = right_vectors_SP * right_values_P
-    u, s, vh = torch.linalg.svd(left_QS @ right_SP, full_matrices=False)
-
-    kept = int((s[:rank] > 1e-14 * s[:1]).sum()) if len(s) else 0
-    total = s.square().sum()
-    error = float((s[kept:].square().sum() / total).sqrt()) if total > 0 else 0.0
-
-    mean_a_RP = (_mean_rows(updates, fractions, rank) * balance_S) @ right_SP
-    axes_PR = _complete_basis(vh[:kept].mT, mean_a_RP, rank)
-    gauge_RR = _propped_up(mean_a_RP @ axes_PR)
-    # B = U S G^-1 and A = G V^T, written as combinations of the clients' own rows and columns.
-    singular_QR = (u[:, :kept] * s[:kept]) @ torch.linalg.pinv(gauge_RR)[:kept]
-    b_weights_SR = (left_vectors_SQ / left_values_Q) @ singular_QR
-    a_weights_RS = gauge_RR @ axes_PR.mT @ (right_vectors_SP / right_values_P).mT
-    b_OR = _combine(b_weights_SR.mT, b_OS.mT).mT
-    a_RI = _combine(a_weights_RS, a_SI)
-    return LowRank(b_OR.to(dtype).contiguous(), a_RI.to(dtype).contiguous()), error
+    shares = normalised_weights(updates, weights)
+    parts = [*updates, tail] if tail is not None else list(updates)
+    ranks = [len(update.a_RI) for update in updates]
+    tail_rank = 0 if tail is None else len(tail.a_RI)
+    weights_S, mean_rows_RS = slice_weights(ranks, shares, tail_rank, by_slice=by_slice)
+    a_SI = torch.cat([part.a_RI for part in parts])
+    return Stack(
+        torch.cat([part.b_OR.mT for part in parts]),
+        a_SI,
+        take_differences(a_SI, ranks),
+        weights_S,
+        mean_rows_RS,
+    )
 
 
-def _balance(b_OS: Tensor, a_SI: Tensor) -> Tensor:
-    """Return d such that column i of ``b * d`` and row i of ``a / d`` have the same norm.
+def take_differences(a_SI: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Subtract one client's rows from the others', in place; return `Stack.reference_S`.
 
-    A site may send its update as (1e4 B, A / 1e4): the same update, but without this the directions
-    of the others would sink below the rounding of the Gram matrices.
+    A subtraction rounds once, relative to the difference: nothing is lost that float32 could hold.
+    A client whose rows are of another size (it sent its update in another gauge) is left alone, and
+    so is what stands below the clients.
     """
     import torch
 
-    b_norms_S, a_norms_S = b_OS.double().norm(dim=0), a_SI.double().norm(dim=1)
-    sizes_S = (b_norms_S * a_norms_S).sqrt()
-    largest = float(sizes_S.max())
-    # Where one factor is zero the product is too: its rows only matter for the mean A.
-    target_S = torch.where(sizes_S > 0, sizes_S, largest if largest > 0 else 1.0)
-    return torch.where(a_norms_S > 0, a_norms_S / target_S, 1.0)
+    reference_S = torch.arange(len(a_SI))
+    norms_S = torch.linalg.vector_norm(a_SI, dim=1)
+    longest = max(range(len(ranks)), key=lambda index: ranks[index])
+    base = sum(ranks[:longest])
+    start = 0
+    for index, rank in enumerate(ranks):
+        rows, base_rows = slice(start, start + rank), slice(base, base + rank)
+        ratios_R = norms_S[rows] / norms_S[base_rows]
+        if index != longest and bool(((ratios_R > 0.25) & (ratios_R < 4)).all()):
+            a_SI[rows] -= a_SI[base_rows]
+            reference_S[rows] = torch.arange(base, base + rank)
+        start += rank
+    return reference_S
 
 
-def _gram(x_SN: Tensor) -> Tensor:
-    """Return x @ x.T in float64, widening a slab of columns at a time."""
+def slice_weights(
+    ranks: Sequence[int], shares: Sequence[float], tail_rank: int = 0, *, by_slice: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the weight of each stacked slice [S], and the matrix to the mean A [R, S].
+
+    A slice counts as its client's share, or with ``by_slice`` as its share among the clients that
+    have that slice. The mean A is by slice in any case: short clients do not dilute its high rows.
+    A tail counts in full, and is no part of the mean A.
+    """
     import torch
 
-    gram_SS = torch.zeros(len(x_SN), len(x_SN), dtype=torch.float64)
-    for start in range(0, x_SN.shape[1], _SLAB):
-        wide = x_SN[:, start : start + _SLAB].double()
-        gram_SS.addmm_(wide, wide.mT)
+    num_rows = sum(ranks)
+    mean_RS = torch.zeros(max(ranks), num_rows + tail_rank, dtype=torch.float64)
+    start = 0
+    for rank, share in zip(ranks, shares, strict=True):
+        rows = torch.arange(rank)
+        mean_RS[rows, start + rows] = share
+        start += rank
+    shares_S = mean_RS.sum(dim=0)
+    mean_RS /= mean_RS.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    weights_S = mean_RS.sum(dim=0) if by_slice else shares_S
+    weights_S[num_rows:] = 1.0
+    return weights_S, mean_RS
+
+
+def slice_weights_with_origin(
+    ranks: Sequence[int],
+    shares: Sequence[float],
+    clips: Sequence[float],
+    *,
+    origin_rank: int,
+    tail_rank: int,
+) -> tuple[Tensor, Tensor, bool]:
+    """Return `slice_weights` by slice for clients of which only a part counts.
+
+    Of client k the fraction ``clips[k]`` counts; what is missing from a slice is taken from the
+    adapter that all clients were sent (the origin), which then stands between clients and tail.
+
+    Returns:
+        The weights, the matrix to the mean A, and whether the origin is in them.
+    """
+    import torch
+
+    weights_S, mean_RS = slice_weights(ranks, shares)
+    clips_S = torch.repeat_interleave(torch.tensor(clips, dtype=torch.float64), torch.tensor(ranks))
+    rows = max(origin_rank, len(mean_RS))
+    clipped_RS = torch.zeros(rows, len(weights_S), dtype=torch.float64)
+    clipped_RS[: len(mean_RS)] = mean_RS * clips_S
+    missing_R = (1 - clipped_RS.sum(dim=1))[:origin_rank]
+    needs_origin = bool((missing_R > 1e-12).any())
+    parts = [clipped_RS]
+    if needs_origin:
+        origin_RS = torch.zeros(rows, origin_rank, dtype=torch.float64)
+        origin_RS[:origin_rank] = torch.diag(missing_R.clamp_min(0))
+        parts.append(origin_RS)
+    tail_S = torch.ones(tail_rank, dtype=torch.float64)
+    mean_RS = torch.cat([*parts, torch.zeros(rows, tail_rank, dtype=torch.float64)], dim=1)
+    weights_S = torch.cat([torch.cat(parts, dim=1).sum(dim=0), tail_S])
+    return weights_S, mean_RS, needs_origin
+
+
+def spectrum(stack: Stack) -> Spectrum:
+    """Decompose the mean update of a stack; costs the two Gram matrices.
+
+    Products are taken in the dtype of the factors, a tile of columns at a time, and summed in
+    float64. Where the stacked rows of A are too dependent for float32 (deficient factors, identical
+    sites), the Gram matrices are taken again in float64.
+    """
+    import torch
+
+    if stack.a_SI.dtype == torch.float32 and (narrow := _decompose_narrow(stack)) is not None:
+        return narrow
+    return _decompose_wide(stack)
+
+
+def _decompose_narrow(stack: Stack) -> Spectrum | None:
+    """Decompose by Cholesky and one symmetric eigenproblem; None where digits would be lost."""
+    import torch
+
+    gram_a_SS, norms_S = _normalised(gram(stack.a_SI, wide=False))
+    factor_SS, info = torch.linalg.cholesky_ex(gram_a_SS)
+    if info or not (factor_SS.diagonal().square() >= _LEAST_PIVOT).all():
+        return None
+    rows_SP = stack.undo_differences(norms_S[:, None] * factor_SS)
+    left_SP = stack.weights_S[:, None] * rows_SP
+    squares_PP = left_SP.mT @ gram(stack.b_SO, wide=False) @ left_SP
+    if not squares_PP.isfinite().all():
+        return None
+    identity_SS = torch.eye(len(factor_SS), dtype=torch.float64)
+    inverse_SP = torch.linalg.solve_triangular(factor_SS.mT, identity_SS, upper=True)
+    squares_Q, vectors_PQ = torch.linalg.eigh(squares_PP)
+    values_Q, vectors_PQ = squares_Q.clamp_min(0).sqrt().flip(0), vectors_PQ.flip(1)
+    is_real_Q = values_Q > 1e-7 * values_Q[:1]  # the squares round at 1e-15
+    return Spectrum(
+        values_Q[is_real_Q],
+        vectors_PQ[:, is_real_Q],
+        rows_SP,
+        inverse_SP / norms_S[:, None],
+        is_wide=False,
+    )
+
+
+def _decompose_wide(stack: Stack) -> Spectrum:
+    """Decompose by eigenvectors and a singular value decomposition: any rows, however dependent."""
+    import torch
+
+    gram_a_SS, norms_S = _normalised(gram(stack.a_SI, wide=True))
+    factor_SP, inverse_SP = _principal_axes(gram_a_SS)
+    rows_SP = stack.undo_differences(norms_S[:, None] * factor_SP)
+    left_SP = stack.weights_S[:, None] * rows_SP
+    # The size of each slice's product, not the gauge it was sent in, decides what is noise.
+    sizes_S = left_SP.norm(dim=1)
+    sizes_S = torch.where(sizes_S > 0, sizes_S, 1.0)
+    axes_SK, _ = _principal_axes(sizes_S[:, None] * gram(stack.b_SO, wide=True) * sizes_S)
+    core_KP = axes_SK.mT @ (left_SP / sizes_S[:, None])
+    _, values_Q, vectors_QP = torch.linalg.svd(core_KP, full_matrices=False)
+    is_real_Q = values_Q > 1e-14 * values_Q[:1]
+    return Spectrum(
+        values_Q[is_real_Q],
+        vectors_QP.mT[:, is_real_Q],
+        rows_SP,
+        inverse_SP / norms_S[:, None],
+        is_wide=True,
+    )
+
+
+def _normalised(gram_SS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Gram matrix of rows of unit length, and the lengths (1 for a row of zeros)."""
+    import torch
+
+    norms_S = gram_SS.diagonal().sqrt()
+    norms_S = torch.where(norms_S > 0, norms_S, 1.0)
+    return gram_SS / norms_S[:, None] / norms_S, norms_S
+
+
+def cut(stack: Stack, spectrum: Spectrum, rank: int, tail_rank: int = 0) -> Average:
+    """Return the mean of a stack at a rank, in the gauge of its mean A, and what the cut lost.
+
+    Costs two thin products of [rank + tail, S] with the stacked factors.
+    """
+    import torch
+
+    values_Q, vectors_PQ = spectrum.values_Q, spectrum.vectors_PQ
+    kept = min(rank, len(values_Q))
+    total = values_Q.square().sum()
+    error = float((values_Q[kept:].square().sum() / total).sqrt()) if total > 0 else 0.0
+
+    mean_a_RP = torch.zeros(rank, len(vectors_PQ), dtype=torch.float64)
+    num_means = min(rank, len(stack.mean_rows_RS))
+    mean_rows_RS = _bounded(stack.mean_rows_RS[:num_means], spectrum.rows_SP.norm(dim=1))
+    mean_a_RP[:num_means] = mean_rows_RS @ spectrum.rows_SP
+    axes_PR = _complete_basis(vectors_PQ[:, :kept], mean_a_RP, rank)
+    gauge_RR, condition = _propped_up(mean_a_RP @ axes_PR, num_means)
+    # B is divided by the gauge: what float32 products round grows with its condition number.
+    is_wide = spectrum.is_wide or condition > _NARROW_GAUGE_CONDITION
+
+    # U S of the kept and of the lost directions, as combinations of the clients' own columns; then
+    # B = U S G^-1 and A = G V^T. The tail has no gauge to keep: it is split evenly.
+    lost = min(tail_rank, len(values_Q) - kept)
+    left_SQ = stack.weights_S[:, None] * (spectrum.rows_SP @ vectors_PQ[:, : kept + lost])
+    roots_T = values_Q[kept : kept + lost].sqrt()
+    b_weights_SR = left_SQ[:, :kept] @ torch.linalg.pinv(gauge_RR)[:kept]
+    b_weights_SR = torch.cat([b_weights_SR, left_SQ[:, kept:] / roots_T], dim=1)
+    a_weights_RP = torch.cat(
+        [gauge_RR @ axes_PR.mT, (vectors_PQ[:, kept : kept + lost] * roots_T).mT]
+    )
+    b_RO = _combine(b_weights_SR.mT, stack.b_SO, wide=is_wide)
+    a_RI = _combine(a_weights_RP @ spectrum.inverse_SP.mT, stack.a_SI, wide=is_wide)
+    if not lost:
+        return Average(LowRank(b_RO.mT, a_RI), None, error)
+    # Copies: views would keep the tail's rows alive as long as the adapter.
+    kept_factors = LowRank(b_RO[:rank].clone().mT, a_RI[:rank].clone())
+    return Average(kept_factors, LowRank(b_RO[rank:].mT, a_RI[rank:]), error)
+
+
+def _bounded(mean_rows_RS: Tensor, norms_S: Tensor) -> Tensor:
+    """Shorten, in the mean A, rows of more than twice the usual norm of their slice.
+
+    ``(B / 1e6) @ (A * 1e6)`` is an honest update, and no rule that looks at products can see it;
+    but it would set the gauge of everybody's next round.
+    """
+    import torch
+
+    norms_RS = torch.where(mean_rows_RS > 0, norms_S, torch.nan)
+    usual_R1 = norms_RS.nanmedian(dim=1, keepdim=True).values
+    shorter_RS = (2 * usual_R1 / norms_RS).clamp_max(1.0).nan_to_num(1.0)
+    return mean_rows_RS * shorter_RS
+
+
+def gram(x_SN: Tensor, *, wide: bool) -> Tensor:
+    """Return x @ x.T: products of tiles of columns in the dtype of x, or wide, summed in float64.
+
+    Summing tiles apart leaves a fraction of the error of one float32 product over all columns.
+    """
+    import torch
+
+    count = len(x_SN)
+    gram_SS = torch.zeros(count, count, dtype=torch.float64)
+    # Block rows up to the diagonal: five eighths of the work.
+    ends = [count * part // _BLOCK_ROWS for part in range(_BLOCK_ROWS + 1)]
+    for start in range(0, x_SN.shape[1], _TILE):
+        tile_SN = x_SN[:, start : start + _TILE]
+        if wide:
+            tile_SN = tile_SN.double()
+        for begin, end in pairwise(ends):
+            gram_SS[begin:end, :end] += tile_SN[begin:end] @ tile_SN[:end].mT
+    for begin, end in pairwise(ends):
+        gram_SS[:begin, begin:end] = gram_SS[begin:end, :begin].mT
     return gram_SS
 
 
-def _combine(weights_RS: Tensor, x_SN: Tensor) -> Tensor:
-    """Return weights @ x, summed in float64 and kept in the dtype of x."""
+def _combine(weights_RS: Tensor, x_SN: Tensor, *, wide: bool) -> Tensor:
+    """Return weights @ x in the dtype of x; wide: summed in float64, a tile at a time."""
     import torch
 
+    if not wide:
+        return weights_RS.to(x_SN.dtype).contiguous() @ x_SN
     out_RN = torch.empty(len(weights_RS), x_SN.shape[1], dtype=x_SN.dtype)
-    for start in range(0, x_SN.shape[1], _SLAB):
-        columns = slice(start, start + _SLAB)
+    for start in range(0, x_SN.shape[1], _TILE):
+        columns = slice(start, start + _TILE)
         out_RN[:, columns] = (weights_RS @ x_SN[:, columns].double()).to(x_SN.dtype)
     return out_RN
 
 
 def _principal_axes(gram_SS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvectors and the roots of the eigenvalues, of the directions above rounding."""
+    """Return ``V sqrt(values)`` and ``V / sqrt(values)`` over the directions above rounding."""
     import torch
 
     values_S, vectors_SS = torch.linalg.eigh(gram_SS)
     noise = len(gram_SS) * torch.finfo(torch.float64).eps * values_S[-1:].clamp_min(0)
     is_real_S = values_S > noise.clamp_min(torch.finfo(torch.float64).tiny)
-    return vectors_SS[:, is_real_S], values_S[is_real_S].sqrt()
-
-
-def _mean_rows(updates: Sequence[LowRank], fractions: Sequence[float], rank: int) -> Tensor:
-    """Return the [R, S] matrix that takes stacked rows to the mean A.
-
-    Row i is the mean over the clients whose rank exceeds i: with mixed ranks the short ones do not
-    dilute the high rows (raFLoRA, arXiv:2602.13486).
-    """
-    import torch
-
-    mean_RS = torch.zeros(rank, sum(len(update.a_RI) for update in updates), dtype=torch.float64)
-    start = 0
-    for fraction, update in zip(fractions, updates, strict=True):
-        for row in range(min(rank, len(update.a_RI))):
-            mean_RS[row, start + row] = fraction
-        start += len(update.a_RI)
-    totals_R1 = mean_RS.sum(dim=1, keepdim=True)
-    rows_RS: Tensor = mean_RS / totals_R1.clamp_min(torch.finfo(torch.float64).tiny)
-    return rows_RS
+    vectors_SP, roots_P = vectors_SS[:, is_real_S], values_S[is_real_S].sqrt()
+    return vectors_SP * roots_P, vectors_SP / roots_P
 
 
 def _complete_basis(kept_PQ: Tensor, mean_a_RP: Tensor, rank: int) -> Tensor:
@@ -167,13 +444,21 @@ def _complete_basis(kept_PQ: Tensor, mean_a_RP: Tensor, rank: int) -> Tensor:
     return torch.cat([kept_PQ, basis_PR[:, kept_PQ.shape[1] : kept_PQ.shape[1] + missing]], dim=1)
 
 
-def _propped_up(gauge_RR: Tensor) -> Tensor:
-    """Bound the condition number from below, so that dividing by the gauge loses no digits."""
+def _propped_up(gauge_RR: Tensor, num_means: int) -> tuple[Tensor, float]:
+    """Make the gauge safe to divide by; return it and its condition number.
+
+    The rows beyond the mean A's (the rank grew) take the directions that are left, at the mean
+    A's own scale; then the condition number is bounded from below.
+    """
     import torch
 
+    if not gauge_RR.shape[1]:
+        return gauge_RR, 1.0
+    if num_means < min(gauge_RR.shape):
+        _, s, vh = torch.linalg.svd(gauge_RR[:num_means], full_matrices=True)
+        count = min(gauge_RR.shape) - num_means
+        gauge_RR = gauge_RR.clone()
+        gauge_RR[num_means : num_means + count] = s.mean() * vh[num_means : num_means + count]
     x, s, yh = torch.linalg.svd(gauge_RR, full_matrices=False)
-    if not len(s):
-        return gauge_RR
-    largest = float(s[0]) or 1.0
-    propped_RR: Tensor = (x * s.clamp_min(largest / _MAX_GAUGE_CONDITION)) @ yh
-    return propped_RR
+    s = s.clamp_min((float(s[0]) or 1.0) / _MAX_GAUGE_CONDITION)
+    return (x * s) @ yh, float(s[0] / s[-1])

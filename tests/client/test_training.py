@@ -12,12 +12,13 @@ from client.settings import TrainingSettings
 from client.training import (
     Step,
     TrainingError,
+    add_proximal_gradient,
     draw,
     learned_positions,
     response_cross_entropy,
     train,
 )
-from federation.adapter import initial_adapter
+from federation.adapter import initial_adapter, train_only
 from tests.conftest import write_records
 
 SETTINGS = TrainingSettings(
@@ -192,3 +193,84 @@ def test_recomputed_activations_give_the_same_gradients(
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for name, weight in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], weight)
+
+
+def test_the_proximal_gradient_is_that_of_half_mu_times_the_squared_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(3, 4, generator=generator).double().requires_grad_() for _ in range(2)]
+    start = [torch.randn(3, 4, generator=generator).double() for _ in range(2)]
+    mu = 0.37
+
+    def data_loss() -> torch.Tensor:
+        return sum((weight**3).sum() for weight in weights)
+
+    distance = sum(((w - s) ** 2).sum() for w, s in zip(weights, start, strict=True))
+    expected = torch.autograd.grad(data_loss() + mu / 2 * distance, weights)
+    data_loss().backward()
+    add_proximal_gradient(list(zip(weights, start, strict=True)), mu)
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+
+
+def test_a_proximal_term_holds_a_site_at_the_start_and_its_loss_is_the_datas(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    results = {}
+    for mu in (0.0, 1e-4, 1e4):
+        model = adapted(tiny_model)
+        start = trained(model)
+        settings = SETTINGS.model_copy(
+            update={"proximal_mu": mu, "accumulation": 2, "warmup_steps": 0, "schedule": "constant"}
+        )
+        steps = train(model, draw(examples, 24, seed=0), settings, pad_id=0)
+        moved = sum(float(((w - start[n]) ** 2).sum()) for n, w in trained(model).items()) ** 0.5
+        results[mu] = (steps, moved)
+    assert results[1e4][1] < 0.5 * results[0.0][1]
+    assert results[1e-4][1] == pytest.approx(results[0.0][1], rel=0.05)
+    first = [steps[0] for steps, _ in results.values()]
+    assert len({step.loss for step in first}) == 1, "at the start the term is 0"
+    losses = [step.loss for step in results[1e4][0]]
+    assert max(losses) < 2 * losses[0], "with the term in it the loss would be in the hundreds"
+    assert results[1e4][0][-1].grad_norm > 10 * results[0.0][0][-1].grad_norm
+
+
+def test_an_accumulated_step_pulls_to_the_start_once(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    """Two forward passes a step, or one of twice the size: the same pull."""
+    results = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        model = adapted(tiny_model)
+        settings = SETTINGS.model_copy(
+            update={
+                "num_steps": 3,
+                "batch_size": batch_size,
+                "accumulation": accumulation,
+                "proximal_mu": 3.0,
+                "max_grad_norm": 1e9,
+            }
+        )
+        steps = train(model, examples[:12], settings, pad_id=0)
+        results.append(([step.grad_norm for step in steps], trained(model)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-3)
+
+
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_a_frozen_factor_has_no_gradient_and_no_optimizer_state(
+    tiny_model: Path, examples: list[Example], tmp_path: Path, factors: str
+) -> None:
+    model = adapted(tiny_model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # with B = 0 a gradient of A would be 0 anyway
+                parameter.add_(0.01)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train_only(model, factors)
+    settings = SETTINGS.model_copy(update={"checkpoint_every": 6, "weight_decay": 0.1})
+    train(model, examples[:12], settings, pad_id=0, checkpoints=tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (f"lora_{factors}" not in name), name
+    state = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert len(state["state"]) == 2 * 7
+    train_only(model, "AB")
+    assert len(trained(model)) == 2 * 2 * 7

@@ -366,10 +366,10 @@ def test_every_site_has_its_records_its_attribution_and_its_licences(demo: Path)
         assert len((site / "ATTRIBUTION.txt").read_text()) > 200
         assert list(site.glob("LICENSE.*")) + list(site.glob("METADATA.*"))
     assert sizes == {
-        "hospital": (2400, 120),
-        "security": (1200, 120),
-        "billing": (1600, 120),
-        "bank": (800, 120),
+        "hospital": (2000, 100),
+        "security": (1200, 100),
+        "billing": (1600, 100),
+        "bank": (1000, 100),
     }
 
 

@@ -216,3 +216,19 @@ def test_a_malformed_reply_costs_only_its_site(
     grid.pull_messages = pull_spoiled
     server_app.main(grid, grid.server_context)
     assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "look_s", "expected_s"),
+    [
+        (0.0, 0.01, 0.05),  # a fast round: at once again
+        (5.0, 0.01, 0.15),  # a stock SuperNode's round
+        (600.0, 0.01, 1.0),  # training: hidden in the 3 s that a stock SuperNode sleeps
+        (5.0, 0.5, 2.0),  # many sites: the SuperLink has four fifths of the time for others
+        (600.0, 60.0, 5.0),
+    ],
+)
+def test_the_superlink_is_not_kept_busy_by_being_asked(
+    waited_s: float, look_s: float, expected_s: float
+) -> None:
+    assert server_app.pause_s(waited_s, look_s) == pytest.approx(expected_s)

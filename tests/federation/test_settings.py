@@ -54,7 +54,7 @@ def test_every_setting_stands_in_flowers_run_config_with_its_default() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({}, "run config: setting 'base_model' is missing"),
+        ({}, "run config: base_model is empty"),
         ({"base_model": "", "out": "o"}, "base_model is empty: pass it with -c"),
         ({"base_model": "m", "out": "o", "num_round": 3}, "unknown setting 'num_round'"),
         ({"base_model": "m", "out": "o", "adapter.rnk": 3}, "unknown setting 'adapter.rnk'.*rank"),

@@ -104,10 +104,10 @@ def test_values_that_are_not_finite_never_leave_or_enter(tmp_path: Path, value: 
         encode(poisoned, dtype="float32", base_model="m")
     message = bytearray(encode(adapter(), dtype="float32", base_model="m"))
     length = struct.unpack_from("<I", message, 6)[0]
-    start = 10 + length
+    start = 10 + length  # the first number of layers.0.q_proj.B
     message[start : start + 4] = struct.pack("<f", value)
     message[-32:] = hashlib.sha256(message[:-32]).digest()
-    with pytest.raises(WireError, match="NaN or infinity"):
+    with pytest.raises(WireError, match="holds NaN, infinity"):
         open_update(store(tmp_path, bytes(message)))
 
 
@@ -139,6 +139,19 @@ def forged(change: dict[str, object]) -> bytes:
 @pytest.mark.parametrize(
     "change",
     [
+        {"factors": "BA"},
+        {"factors": "B"},
+        {"factors": ["AB"]},
+        {"factors": None},
+        {"reference": "0" * 64},
+        {"reference": None},
+        {"dtype": "int8"},
+        {"dtype": "int8", "reference": "0" * 64},
+        {"dtype": "int4", "reference": "../../etc/passwd"},
+        {"tensors": []},
+        {"tensors": [["layers.0.q_proj.C", [3, 8]]]},
+        {"tensors": [["layers.0.q_proj.B", [3, 10**4000]]]},
+        {"tensors": [["layers.0.q_proj.B", [3, 8]], ["layers.0.q_proj.B", [3, 8]]]},
         {"rank": float("inf")},
         {"rank": 3.0},
         {"rank": True},
@@ -150,9 +163,10 @@ def forged(change: dict[str, object]) -> bytes:
         {"dtype": ["float32"]},
         {"tensors": 5},
         {"tensors": [[5, [8, 3]]]},
-        {"tensors": [["layers.0.q_proj.B", [8.0, 3]]]},
-        {"tensors": [["layers.0.q_proj.B", [8]]]},
-        {"tensors": [["layers.0.q_proj.B", [8, 3]]]},
+        {"tensors": [["layers.0.q_proj.B", [3, 8.0]]]},
+        {"tensors": [["layers.0.q_proj.B", [3]]]},
+        {"tensors": [["layers.0.q_proj.B", [3, 8]]]},
+        {"tensors": [["layers.0.q_proj.B", [8, 3]], ["layers.0.q_proj.A", [3, 6]]]},
     ],
 )
 def test_a_hostile_header_is_a_wire_error_and_nothing_else(

@@ -1,0 +1,186 @@
+"""What a site keeps on its disk between the rounds of a run that sends changes.
+
+    DIR/run-<id>/state.json          the last round that was answered: the files below, by name
+                 adapter-<digest>    what the site was sent last, and what that was a change of
+                 residual-…          what was still to be sent before that round, and after it
+
+`state.json` is replaced in one step, after the files that it names and before the reply leaves. So
+a kill at any point leaves the state before the round or the one after it; and the round, asked
+again, starts from the same residual either way and gives the same bytes. Each run has its own
+directory: a residual never gets into another run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from federation.adapter import Adapter
+from federation.atomic import write_atomically
+from federation.errors import UserError
+from federation.wire import MissingReferenceError, Update, WireError, open_update, write_message
+
+MAX_RUNS = 2
+"""Runs whose state is kept: this one, and the one before it, which may be resumed."""
+
+
+class SiteStateError(UserError):
+    """What a site kept is damaged."""
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """The last round that was answered."""
+
+    server_round: int
+    adapter: str
+    """Content digest of what the site was sent."""
+    reference: str
+    """Content digest of what that was a change of, or ""."""
+    before: str
+    """File of the residual that the round started with, or ""."""
+    after: str
+    """File of the residual that it left, or ""."""
+
+
+class SiteState:
+    """The state of one site in one run."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        """Read what there is; nothing is written before ``keep``.
+
+        Args:
+            root: The site's state directory.
+            run: Random id of the run, in hex: it becomes part of a file name.
+
+        Raises:
+            WireError: ``run`` is no such id.
+            SiteStateError: The state of this run is damaged.
+        """
+        if not re.fullmatch("[0-9a-f]{1,64}", run):
+            raise WireError(
+                f"the run calls itself {run[:80]!r}: expected 1 to 64 hex digits, "
+                "by which a site keeps what int8 and int4 need from round to round"
+            )
+        self._root = root
+        self._directory = root / f"run-{run}"
+        self._last = self._read()
+
+    def open_adapter(self, digest: str) -> Update:
+        """Return an adapter that the site was sent before.
+
+        Raises:
+            MissingReferenceError: It is not there, or damaged.
+        """
+        path = self._adapter_path(digest)
+        try:
+            held = open_update(path)
+        except (OSError, WireError):
+            held = None
+        if held is None or held.sha256_of_content != digest:
+            raise MissingReferenceError(
+                f"this site does not hold adapter {digest[:16]}…, of which a change was sent: "
+                "send the whole adapter as float32"
+            )
+        return held
+
+    def residual(self, server_round: int, received: Update, like: Adapter) -> Adapter | None:
+        """Return what is still to be sent when this round starts, or None.
+
+        A residual of another rank or scale belongs to another factorisation and is not used.
+
+        Args:
+            server_round: The round that is asked.
+            received: The adapter that the site was sent for it.
+            like: What will be trained.
+
+        Raises:
+            SiteStateError: The residual is damaged.
+        """
+        name = self._before(server_round, received)
+        if not name:
+            return None
+        path = self._directory / name
+        try:
+            kept = open_update(path)
+        except (OSError, WireError) as error:
+            raise SiteStateError(
+                f"{path} is damaged ({error}): remove {self._directory}; the site then goes on "
+                "without what it had still to send"
+            ) from None
+        if (kept.rank, kept.alpha, kept.shapes()) != (like.rank, like.alpha, like.shapes()):
+            return None
+        return kept.adapter()
+
+    def keep(
+        self, server_round: int, received: Update, *, residual: Adapter | None, is_reference: bool
+    ) -> None:
+        """Put the state after a round on disk; it is there when this returns.
+
+        Args:
+            server_round: The round that was answered.
+            received: The adapter that the site was sent for it.
+            residual: What is still to be sent, or None.
+            is_reference: Whether the next round may be sent as a change of ``received``.
+        """
+        digest = received.sha256_of_content
+        path = self._adapter_path(digest)
+        if is_reference and not path.is_file():
+            write_message(path, received, dtype="float32", base_model=received.base_model)
+        after = ""
+        if residual is not None:
+            after = f"residual-{server_round}-{digest[:16]}"
+            write_message(
+                self._directory / after,
+                residual,
+                dtype="float32",
+                base_model=received.base_model,
+            )
+        before = self._before(server_round, received)
+        self._last = _Answered(server_round, digest, received.reference, before, after)
+        write_atomically(self._directory / "state.json", json.dumps(asdict(self._last), indent=2))
+        self._remove_old()
+
+    def _before(self, server_round: int, received: Update) -> str:
+        """Return the file of the residual that a round starts with, the first time or again."""
+        last = self._last
+        if last is None:
+            return ""
+        is_repeated = (last.server_round, last.adapter) == (
+            server_round,
+            received.sha256_of_content,
+        )
+        return last.before if is_repeated else last.after
+
+    def _adapter_path(self, digest: str) -> Path:
+        return self._directory / f"adapter-{digest}"
+
+    def _read(self) -> _Answered | None:
+        path = self._directory / "state.json"
+        if not path.is_file():
+            return None
+        try:
+            return _Answered(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise SiteStateError(
+                f"{path} is damaged: remove {self._directory}; the site then goes on without what "
+                "it had still to send"
+            ) from None
+
+    def _remove_old(self) -> None:
+        """Remove what state.json does not name, a kill's half-written files included."""
+        last = self._last
+        if last is None:
+            return
+        adapters = {f"adapter-{digest}" for digest in (last.adapter, last.reference)}
+        named = {"state.json", last.before, last.after} | adapters
+        for path in self._directory.iterdir():
+            if path.name not in named:
+                path.unlink()
+        others = [path for path in self._root.glob("run-*") if path != self._directory]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in others[MAX_RUNS - 1 :]:
+            shutil.rmtree(path)

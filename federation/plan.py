@@ -1,0 +1,241 @@
+"""What a run will cost, from its settings and the model's config.json: no weights are read.
+
+Bytes are exact (`federation.traffic`), memory and seconds are modelled (`federation.server_costs`).
+A plan does not know how long the sites train, how fast the network is, or which sites chose a
+smaller rank than the one that is served.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from federation.adapter import TARGETS
+from federation.base_model import projection_shapes
+from federation.header import holds_changes
+from federation.server_costs import Machine, aggregation_seconds, server_disk, server_memory
+from federation.settings import Dtype, FederationSettings, needed_updates
+from federation.traffic import (
+    Shapes,
+    Traffic,
+    down_traffic,
+    largest_rank,
+    num_asked,
+    planned_message,
+    up_traffic,
+)
+
+PRIVACY = (
+    "No differential privacy is enforced yet. The coordinator sees each site's update, its number "
+    "of examples and its training loss; an update can reveal something of the site's text."
+)
+
+
+@dataclass(frozen=True)
+class Trait:
+    """What an aggregation can do, whatever the model."""
+
+    is_exact: bool
+    """The result is the weighted mean of the sites' B @ A, up to the cut of the rank."""
+    is_sum: bool
+    """The server only adds up what the sites send: a secure sum could hide the single update."""
+    mixed_ranks: Literal["exact", "slices"]
+    """Sites of different ranks: averaged as they are, or each slice over those that have it."""
+    bears: Literal["none", "num_byzantine", "under half"]
+    """Sites that may send anything without owning the result."""
+
+
+TRAITS = {
+    "products": Trait(True, False, "exact", "none"),
+    "factors": Trait(False, True, "slices", "none"),
+    "alternating": Trait(True, True, "slices", "none"),
+    "median": Trait(False, False, "slices", "under half"),
+    "trimmed_mean": Trait(False, False, "slices", "num_byzantine"),
+    "krum": Trait(False, False, "exact", "num_byzantine"),
+    "multi_krum": Trait(False, False, "exact", "num_byzantine"),
+    "geometric_median": Trait(False, False, "exact", "under half"),
+}
+
+
+@dataclass(frozen=True)
+class AggregationCost:
+    """This model and these settings under one aggregation."""
+
+    aggregation: str
+    up_bytes: int
+    """One site, one round: the mean over the run."""
+    run_bytes: int
+    """Down and up, all sites, all rounds."""
+    aggregation_s: float
+    memory_bytes: int
+    is_exact: bool
+    is_sum: bool
+    mixed_ranks: str
+    num_liars: int
+    """Sites of a round that may send anything without owning the result."""
+
+
+@dataclass(frozen=True)
+class WireCost:
+    """This model and these settings with one number format in both directions."""
+
+    dtype: str
+    down_bytes: int
+    """One site that holds the last adapter, one round."""
+    up_bytes: int
+    """One site, one round: the mean over the run."""
+    run_bytes: int
+    """Down and up, all sites, all rounds."""
+    ratio: float
+    """``run_bytes`` to those of float32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost."""
+
+    num_rounds: int
+    num_sites: int
+    num_asked: int
+    """Sites that a round asks."""
+    aggregation: str
+    downlink: str
+    uplink: str
+    rank: int
+    """Of the served adapter; with an energy target the largest that it may ask for."""
+    num_modules: int
+    num_parameters: int
+    """Of the adapter."""
+    full_message_bytes: int
+    """The whole adapter in float32: what a newcomer gets when the downlink carries changes."""
+    down: Traffic
+    up: Traffic
+    disk_bytes: dict[str, int]
+    memory_bytes: dict[str, int]
+    aggregation_s: float
+    """One round, one core."""
+    privacy: str
+    notes: list[str]
+    """What the settings do not allow, or what a figure leaves out."""
+    aggregations: list[AggregationCost]
+    wires: list[WireCost]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return asdict(self)
+
+
+def make_plan(
+    settings: FederationSettings, config: Mapping[str, Any], machine: Machine | None = None
+) -> Plan:
+    """Return what a run with these settings costs on a model with this config.
+
+    Args:
+        settings: Checked; nothing is read from the paths in it.
+        config: What the model's config.json holds.
+        machine: How fast the server is; left out, the one that the constants were measured on.
+
+    Raises:
+        ModelError: The config is of another family, or a key is missing.
+    """
+    targets = TARGETS[settings.adapter.targets]
+    shapes = {
+        name: shape
+        for name, shape in projection_shapes(config).items()
+        if name.rsplit(".", 1)[-1] in targets
+    }
+    rank = largest_rank(settings)
+    return Plan(
+        num_rounds=settings.num_rounds,
+        num_sites=settings.num_sites,
+        num_asked=num_asked(settings),
+        aggregation=settings.aggregation,
+        downlink=settings.wire.downlink,
+        uplink=settings.wire.uplink,
+        rank=rank,
+        num_modules=len(shapes),
+        num_parameters=rank * sum(o + i for o, i in shapes.values()),
+        full_message_bytes=planned_message(settings, shapes, "float32"),
+        down=down_traffic(settings, shapes),
+        up=up_traffic(settings, shapes),
+        disk_bytes=server_disk(settings, shapes),
+        memory_bytes=server_memory(settings, shapes),
+        aggregation_s=aggregation_seconds(settings, shapes, machine),
+        privacy=PRIVACY,
+        notes=notes(settings),
+        aggregations=[
+            _aggregation_cost(
+                settings.model_copy(update={"aggregation": kind}), shapes, trait, machine
+            )
+            for kind, trait in TRAITS.items()
+        ],
+        wires=_wire_costs(settings, shapes),
+    )
+
+
+def notes(settings: FederationSettings) -> list[str]:
+    """Return, a sentence each, what a figure leaves out."""
+    found = []
+    asked, adapter = num_asked(settings), settings.adapter
+    if adapter.energy > 0:
+        found.append(
+            f"adapter.energy may let the rank grow from {adapter.rank} up to {adapter.max_rank}: "
+            f"every figure is for rank {largest_rank(settings)}"
+        )
+    if holds_changes(settings.wire.downlink) and asked < settings.num_sites:
+        found.append(
+            f"a round asks {asked} of {settings.num_sites} sites, drawn anew: those that were not "
+            f"in the round before get the whole adapter, so the bytes down are an average"
+        )
+    return found
+
+
+def _num_liars(settings: FederationSettings, trait: Trait) -> int:
+    asked, liars = num_asked(settings), settings.robust.num_byzantine
+    if trait.bears == "under half":
+        return (asked - 1) // 2
+    can_bear = asked >= needed_updates(settings.aggregation, liars)
+    return liars if trait.bears == "num_byzantine" and can_bear else 0
+
+
+def _aggregation_cost(
+    settings: FederationSettings, shapes: Shapes, trait: Trait, machine: Machine | None
+) -> AggregationCost:
+    return AggregationCost(
+        aggregation=settings.aggregation,
+        up_bytes=_up_bytes(settings, shapes),
+        run_bytes=_run_bytes(settings, shapes),
+        aggregation_s=aggregation_seconds(settings, shapes, machine),
+        memory_bytes=sum(server_memory(settings, shapes).values()),
+        is_exact=trait.is_exact,
+        is_sum=trait.is_sum,
+        mixed_ranks=trait.mixed_ranks,
+        num_liars=_num_liars(settings, trait),
+    )
+
+
+def _wire_costs(settings: FederationSettings, shapes: Shapes) -> list[WireCost]:
+    rows: list[WireCost] = []
+    for dtype in get_args(Dtype):
+        wire = settings.wire.model_copy(update={"downlink": dtype, "uplink": dtype})
+        each = settings.model_copy(update={"wire": wire})
+        run_bytes = _run_bytes(each, shapes)
+        rows.append(
+            WireCost(
+                dtype=dtype,
+                down_bytes=down_traffic(each, shapes).site.even,
+                up_bytes=_up_bytes(each, shapes),
+                run_bytes=run_bytes,
+                ratio=run_bytes / (rows[0].run_bytes if rows else run_bytes),
+            )
+        )
+    return rows
+
+
+def _run_bytes(settings: FederationSettings, shapes: Shapes) -> int:
+    return down_traffic(settings, shapes).run + up_traffic(settings, shapes).run
+
+
+def _up_bytes(settings: FederationSettings, shapes: Shapes) -> int:
+    """Return the mean over the run of what one site sends in a round."""
+    up = up_traffic(settings, shapes)
+    return round(up.run / (num_asked(settings) * settings.num_rounds))

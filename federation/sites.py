@@ -1,0 +1,64 @@
+"""The sites of a federation as the rounds see them: what they are asked and what they answer.
+
+`server_app` implements `Sites` with a Flower grid, the tests in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a site gets each round."""
+
+    server_round: int
+    message: Path
+    """The adapter, or its change, on disk: in the format of federation.wire."""
+    training: Mapping[str, object]
+    """client.settings.TrainingSettings."""
+    uplink: str = "float32"
+    """In what dtype the update is to come."""
+    downlink: str = "float32"
+    """In what dtype adapters are sent: with int8 and int4 a site keeps the last one."""
+    trains: str = "AB"
+    """The factors to train and to send."""
+    run: str = ""
+    """Id of the run, the same after a resume: a site keeps what it owes a run under it."""
+    simulation: Mapping[str, str] | None = None
+    """In simulation only: where the base model and the sites' folders are."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site sends back: an update, or the reason why there is none."""
+
+    site: str
+    server_round: int
+    """Of the request that it answers."""
+    update: bytes | memoryview | None = None
+    error: str | None = None
+    lacks_reference: bool = False
+    """The error is that the site does not hold the adapter that a change stands on."""
+    name: str = ""
+    """What the site calls itself, for people; ``site`` is who it is."""
+    num_examples: int = 0
+    train_loss: float = 0.0
+    seconds: float = 0.0
+
+
+class Sites(Protocol):
+    """The sites of a federation."""
+
+    def wait_for(self, count: int, timeout_s: float) -> list[str]:
+        """Return the sites once there are ``count`` of them, or those there are at the timeout."""
+        ...
+
+    def send(self, sites: Sequence[str], request: Request) -> None:
+        """Send the same request to every site."""
+        ...
+
+    def receive(self) -> Reply | None:
+        """Return one reply to any request so far, or None when none has arrived yet."""
+        ...

@@ -1,0 +1,131 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.site_state import SiteState, SiteStateError
+from federation.adapter import Adapter, LowRank
+from federation.wire import (
+    MissingReferenceError,
+    Update,
+    WireError,
+    open_update,
+    write_message,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def adapter(seed: int, rank: int = 2) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = LowRank(
+        torch.randn(4, rank, generator=generator), torch.randn(rank, 6, generator=generator)
+    )
+    return Adapter(rank, 2.0 * rank, {"layers.0.q_proj": factors})
+
+
+def sent(directory: Path, seed: int, reference: Update | None = None) -> Update:
+    path = directory / f"sent-{seed}"
+    dtype = "int8" if reference else "float32"
+    write_message(path, adapter(seed), dtype=dtype, base_model="m", reference=reference)
+    return open_update(path, reference=reference)
+
+
+def value(residual: Adapter | None) -> float | None:
+    return residual and float(residual.modules["layers.0.q_proj"].b_OR[0, 0])
+
+
+def test_a_round_asked_again_starts_from_the_residual_it_started_from(tmp_path: Path) -> None:
+    one, two = sent(tmp_path, 1), sent(tmp_path, 2)
+    root, like = tmp_path / "state", adapter(0)
+    assert SiteState(root, "a").residual(1, one, like) is None
+    for _ in range(2):
+        SiteState(root, "a").keep(1, one, residual=adapter(11), is_reference=True)
+        assert SiteState(root, "a").residual(1, one, like) is None
+    for _ in range(3):
+        assert value(SiteState(root, "a").residual(2, two, like)) == value(adapter(11))
+        SiteState(root, "a").keep(2, two, residual=adapter(12), is_reference=True)
+    assert value(SiteState(root, "a").residual(3, one, like)) == value(adapter(12))
+    assert value(SiteState(root, "a").residual(2, one, like)) == value(adapter(12)), "not that x_t"
+
+
+def test_a_residual_never_gets_into_another_run_or_another_rank(tmp_path: Path) -> None:
+    one, root = sent(tmp_path, 1), tmp_path / "state"
+    SiteState(root, "aa").keep(1, one, residual=adapter(11), is_reference=False)
+    assert SiteState(root, "bb").residual(2, one, adapter(0)) is None
+    assert SiteState(root, "aa").residual(2, one, adapter(0, rank=1)) is None
+    assert SiteState(root, "aa").residual(2, one, adapter(0)) is not None
+
+
+def test_old_adapters_residuals_and_runs_go(tmp_path: Path) -> None:
+    root, held = tmp_path / "state", None
+    digests = []
+    for number in range(1, 5):
+        held = sent(tmp_path, number, held)
+        digests.append(held.sha256_of_content)
+        SiteState(root, "aa").keep(number, held, residual=adapter(number), is_reference=True)
+    left = {path.name for path in (root / "run-aa").iterdir()}
+    assert left == {
+        "state.json",
+        f"adapter-{digests[-1]}",
+        f"adapter-{digests[-2]}",
+        f"residual-4-{digests[-1][:16]}",
+        f"residual-3-{digests[-2][:16]}",
+    }
+    (root / "mine").mkdir()
+    for run in ("bb", "cc"):
+        SiteState(root, run).keep(1, held, residual=None, is_reference=False)
+    assert len(list(root.glob("run-*"))) == 2
+    assert (root / "run-cc").is_dir()
+    assert (root / "mine").is_dir()
+
+
+def test_an_adapter_that_was_kept_is_the_reference_of_the_next_change(tmp_path: Path) -> None:
+    root, first = tmp_path / "state", sent(tmp_path, 1)
+    with pytest.raises(MissingReferenceError, match=f"{first.checksum[:16]}….*as float32"):
+        SiteState(root, "a").open_adapter(first.checksum)
+    SiteState(root, "a").keep(1, first, residual=None, is_reference=True)
+    kept = SiteState(root, "a").open_adapter(first.checksum)
+    assert kept.path.read_bytes() == first.path.read_bytes()
+    kept.path.write_bytes(kept.path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(MissingReferenceError, match="does not hold"):
+        SiteState(root, "a").open_adapter(first.checksum)
+
+
+@pytest.mark.parametrize("run", ["", "../up", "A", "g", "f" * 65, "a/b"])
+def test_a_run_cannot_name_a_file(tmp_path: Path, run: str) -> None:
+    with pytest.raises(WireError, match="expected 1 to 64 hex digits"):
+        SiteState(tmp_path, run)
+
+
+def test_damage_is_one_sentence_with_a_way_out(tmp_path: Path) -> None:
+    one = sent(tmp_path, 1)
+    SiteState(tmp_path, "a").keep(1, one, residual=adapter(1), is_reference=False)
+    name = json.loads((tmp_path / "run-a" / "state.json").read_text())["after"]
+    (tmp_path / "run-a" / name).write_bytes(b"damaged")
+    with pytest.raises(SiteStateError, match="residual-1-.* is damaged .*remove"):
+        SiteState(tmp_path, "a").residual(2, one, adapter(0))
+    (tmp_path / "run-a" / "state.json").write_text("{}")
+    with pytest.raises(SiteStateError, match="state.json is damaged: remove"):
+        SiteState(tmp_path, "a")
+
+
+def test_a_site_killed_at_any_change_to_its_disk_answers_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    script = Path(__file__).with_name("site_kill_matrix.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", script, tmp_path],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["kills"] > 40
+    assert len(report["files"]) == 5

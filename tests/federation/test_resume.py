@@ -1,0 +1,173 @@
+"""A run that was killed goes on and ends with the same bytes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from federation.adapter import read_adapter
+from federation.events import RunResumed, read_events
+from federation.exchange import RoundError
+from federation.rounds import run_rounds
+from federation.run_directory import ResumeError, RunDirectory
+from federation.settings import FederationSettings
+from federation.status import summarise
+from tests.simulated import SimulatedSites, Ticks, crash, drift, in_rounds
+
+ROOT = Path(__file__).parents[2]
+
+
+def kill_matrix(model: Path, work: Path, mode: str, number: int) -> list[dict[str, object]]:
+    script = Path(__file__).with_name("run_kill_matrix.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", script, model, work, mode, str(number)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    cases: list[dict[str, object]] = json.loads(result.stdout)["cases"]
+    return cases
+
+
+def assert_unharmed(cases: list[dict[str, object]]) -> None:
+    assert [case for case in cases if case["code"] != 0 or not case["is_same"]] == []
+    assert [case for case in cases if case["lost"] or case["left"]] == []
+    assert all(case["states"] == 1 for case in cases)
+    # The rename that ends a round comes before its event: one event at most may be missing.
+    assert all(case["repeated"] == 0 for case in cases)
+
+
+def test_a_server_killed_at_any_change_to_its_disk_ends_with_the_same_bytes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Every seventh change of a run of two rounds; `make test-slow` takes every one."""
+    cases = kill_matrix(tiny_model, tmp_path, "changes", 7)
+    assert len(cases) > 15
+    assert_unharmed(cases)
+
+
+@pytest.mark.slow
+def test_a_server_killed_at_every_single_change_ends_with_the_same_bytes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    cases = kill_matrix(tiny_model, tmp_path, "changes", 1)
+    assert len(cases) > 100
+    assert_unharmed(cases)
+
+
+@pytest.mark.slow
+def test_a_server_killed_at_twenty_random_moments_ends_with_the_same_bytes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    cases = kill_matrix(tiny_model, tmp_path, "moments", 20)
+    assert len(cases) == 20
+    assert_unharmed(cases)
+
+
+@pytest.fixture
+def settings(tiny_model: Path, tmp_path: Path) -> FederationSettings:
+    return FederationSettings(
+        base_model=str(tiny_model),
+        out=str(tmp_path / "run"),
+        num_rounds=3,
+        num_sites=2,
+        adapter={"rank": 4, "alpha": 8.0},
+        round_timeout_s=5.0,
+    )
+
+
+def two_sites(scratch: Path) -> SimulatedSites:
+    scratch.mkdir()
+    return SimulatedSites(scratch, {name: drift(index) for index, name in enumerate("ab")})
+
+
+def resume(path: Path) -> FederationSettings:
+    return FederationSettings(resume=str(path))
+
+
+def failed_in_round_two(settings: FederationSettings, scratch: Path) -> SimulatedSites:
+    sites = two_sites(scratch)
+    sites.faults = dict.fromkeys("ab", in_rounds({2}, crash))
+    clock = Ticks()
+    with pytest.raises(RoundError):
+        run_rounds(sites, settings, clock=clock, sleep=clock.sleep)
+    return sites
+
+
+def test_a_failed_run_goes_on_under_the_settings_that_it_began_with(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    whole = settings.model_copy(update={"out": str(tmp_path / "whole")})
+    expected = read_adapter(run_rounds(two_sites(tmp_path / "w"), whole))
+    sites = failed_in_round_two(settings, tmp_path / "s")
+    assert summarise(tmp_path / "run" / "events.jsonl")["state"] == "failed"
+    sites.faults.clear()
+    last = run_rounds(sites, resume(tmp_path / "run"))
+    assert last == tmp_path / "run" / "round-0003"
+    for module, factors in read_adapter(last).modules.items():
+        assert factors.a_RI.equal(expected.modules[module].a_RI)
+        assert factors.b_OR.equal(expected.modules[module].b_OR)
+    events = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    assert [e.server_round for e in events if isinstance(e, RunResumed)] == [2]
+    assert len({request.run for _, request in sites.requests}) == 1, "sites keep state by this id"
+    assert summarise(tmp_path / "run" / "events.jsonl")["state"] == "finished"
+
+
+def test_a_finished_run_that_is_resumed_asks_nobody(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    run_rounds(two_sites(tmp_path / "s"), settings)
+    again = two_sites(tmp_path / "t")
+    assert run_rounds(again, resume(tmp_path / "run")) == tmp_path / "run" / "round-0003"
+    assert not again.requests
+
+
+def test_a_run_cannot_be_resumed_twice_at_once(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    run_rounds(two_sites(tmp_path / "s"), settings)
+    with (
+        RunDirectory.resume(tmp_path / "run"),
+        pytest.raises(ResumeError, match="another process runs"),
+        RunDirectory.resume(tmp_path / "run"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda run, _: (run / "run.json").unlink(),
+            "takes the directory that the run's out named",
+        ),
+        (lambda run, _: (run / "run.json").write_text("{"), "run.json is damaged"),
+        (
+            lambda run, _: (run / "round-0003" / "adapter_model.safetensors").write_bytes(b"x"),
+            "cannot go on.*damaged",
+        ),
+        (
+            lambda _, model: (model / "config.json").write_text('{"vocab_size": 1}'),
+            "put the run's base model back",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused_in_one_sentence(
+    settings: FederationSettings, tiny_model: Path, tmp_path: Path, spoil: object, sentence: str
+) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    short = settings.model_copy(update={"base_model": str(model)})
+    run_rounds(two_sites(tmp_path / "s"), short)
+    description = tmp_path / "run" / "run.json"
+    description.write_text(description.read_text().replace('"num_rounds": 3', '"num_rounds": 4'))
+    spoil(tmp_path / "run", model)
+    with pytest.raises(ResumeError, match=sentence):
+        run_rounds(two_sites(tmp_path / "t"), resume(tmp_path / "run"))
