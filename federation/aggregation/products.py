@@ -33,7 +33,8 @@ stacked B, Q rank of the product or of what is kept of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -93,8 +94,8 @@ class Spectrum:
     """Right singular vectors, in an orthonormal basis of the rows of the A's."""
     rows_SP: Tensor
     """The A's own rows in those orthonormal rows."""
-    inverse_SP: Tensor
-    """``inverse_SP.T @ stack.a_SI`` are those orthonormal rows."""
+    to_stack: Callable[[Tensor], Tensor]
+    """Takes coordinates [R, P] in those orthonormal rows to combinations [R, S] of the stack's."""
     is_wide: bool
     """The rows are so dependent that the results must be combined in float64."""
 
@@ -177,18 +178,28 @@ def take_differences(a_SI: Tensor, ranks: Sequence[int]) -> Tensor:
     import torch
 
     reference_S = torch.arange(len(a_SI))
-    norms_S = torch.linalg.vector_norm(a_SI, dim=1)
-    longest = max(range(len(ranks)), key=lambda index: ranks[index])
-    base = sum(ranks[:longest])
-    start = 0
-    for index, rank in enumerate(ranks):
-        rows, base_rows = slice(start, start + rank), slice(base, base + rank)
-        ratios_R = norms_S[rows] / norms_S[base_rows]
-        if index != longest and bool(((ratios_R > 0.25) & (ratios_R < 4)).all()):
+    num_rows, rank = sum(ranks), max(ranks)
+    norms_S = torch.linalg.vector_norm(a_SI[:num_rows], dim=1)
+    base = sum(ranks[: ranks.index(rank)])
+    starts = itertools.accumulate(ranks, initial=0)
+    blocks = [(start, r) for start, r in zip(starts, ranks, strict=False) if start != base]
+    ratios_S = norms_S / norms_S[base : base + rank].repeat(len(ranks))[:num_rows]
+    if len(set(ranks)) == 1 and base == 0 and bool(_alike(ratios_S)):
+        # The usual case in one pass over the memory.
+        a_NRI = a_SI[:num_rows].view(len(ranks), rank, -1)
+        a_NRI[1:] -= a_NRI[0]
+        reference_S[:num_rows] = torch.arange(rank).repeat(len(ranks))
+        return reference_S
+    for start, r in blocks:
+        rows, base_rows = slice(start, start + r), slice(base, base + r)
+        if bool(_alike(norms_S[rows] / norms_S[base_rows])):
             a_SI[rows] -= a_SI[base_rows]
-            reference_S[rows] = torch.arange(base, base + rank)
-        start += rank
+            reference_S[rows] = torch.arange(base, base + r)
     return reference_S
+
+
+def _alike(ratios_S: Tensor) -> Tensor:
+    return ((ratios_S > 0.25) & (ratios_S < 4)).all()
 
 
 def slice_weights(
@@ -279,8 +290,6 @@ def _decompose_narrow(stack: Stack) -> Spectrum | None:
     squares_PP = left_SP.mT @ gram(stack.b_SO, wide=False) @ left_SP
     if not squares_PP.isfinite().all():
         return None
-    identity_SS = torch.eye(len(factor_SS), dtype=torch.float64)
-    inverse_SP = torch.linalg.solve_triangular(factor_SS.mT, identity_SS, upper=True)
     squares_Q, vectors_PQ = torch.linalg.eigh(squares_PP)
     values_Q, vectors_PQ = squares_Q.clamp_min(0).sqrt().flip(0), vectors_PQ.flip(1)
     is_real_Q = values_Q > 1e-7 * values_Q[:1]  # the squares round at 1e-15
@@ -288,7 +297,9 @@ def _decompose_narrow(stack: Stack) -> Spectrum | None:
         values_Q[is_real_Q],
         vectors_PQ[:, is_real_Q],
         rows_SP,
-        inverse_SP / norms_S[:, None],
+        lambda x_RP: (
+            (torch.linalg.solve_triangular(factor_SS.mT, x_RP.mT, upper=True) / norms_S[:, None]).mT
+        ),
         is_wide=False,
     )
 
@@ -312,7 +323,7 @@ def _decompose_wide(stack: Stack) -> Spectrum:
         values_Q[is_real_Q],
         vectors_QP.mT[:, is_real_Q],
         rows_SP,
-        inverse_SP / norms_S[:, None],
+        lambda x_RP: x_RP @ (inverse_SP / norms_S[:, None]).mT,
         is_wide=True,
     )
 
@@ -358,7 +369,7 @@ def cut(stack: Stack, spectrum: Spectrum, rank: int, tail_rank: int = 0) -> Aver
         [gauge_RR @ axes_PR.mT, (vectors_PQ[:, kept : kept + lost] * roots_T).mT]
     )
     b_RO = _combine(b_weights_SR.mT, stack.b_SO, wide=is_wide)
-    a_RI = _combine(a_weights_RP @ spectrum.inverse_SP.mT, stack.a_SI, wide=is_wide)
+    a_RI = _combine(spectrum.to_stack(a_weights_RP), stack.a_SI, wide=is_wide)
     if not lost:
         return Average(LowRank(b_RO.mT, a_RI), None, error)
     # Copies: views would keep the tail's rows alive as long as the adapter.
