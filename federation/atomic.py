@@ -53,6 +53,9 @@ def new_directory(path: Path) -> Iterator[Path]:
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
+            elif file.is_dir():
+                sync_directory(file)
+        sync_directory(building)
         building.replace(path)
         sync_directory(path.parent)
     except BaseException:
