@@ -88,7 +88,16 @@ def kill_at(change: int) -> None:
     sys.addaudithook(hook)
 
 
-def resumed(directory: Path, model: Path, num_rounds: int, reference: bytes) -> dict[str, object]:
+def artefact(out: Path, num_rounds: int) -> tuple[bytes, bytes]:
+    """Return the weights of a run's last round, and where they come from."""
+    last = out / f"round-{num_rounds:04d}"
+    weights, lineage = last / "adapter_model.safetensors", last / "lineage.json"
+    return weights.read_bytes(), lineage.read_bytes()
+
+
+def resumed(
+    directory: Path, model: Path, num_rounds: int, reference: tuple[bytes, bytes]
+) -> dict[str, object]:
     """Resume a killed run and say how it ended."""
     out, sites = directory / "run", directory / "sites"
     done = len([p for p in out.glob("round-*") if p.is_dir()]) if out.is_dir() else 0
@@ -102,11 +111,9 @@ def resumed(directory: Path, model: Path, num_rounds: int, reference: bytes) -> 
     events = [event for _, event in read_events(out / "events.jsonl")]
     finished = [e.server_round for e in events if isinstance(e, RoundFinished)]
     again = [e.server_round for e in events if isinstance(e, RunResumed)]
-    last = out / f"round-{num_rounds:04d}"
     return {
         "code": code,
-        "is_same": (last / "adapter_model.safetensors").read_bytes() == reference,
-        "is_lineage_same": (last / "lineage.json").is_file(),
+        "is_same": artefact(out, num_rounds) == reference,
         "lost": (again[0] - 1 != done) if again else is_begun,
         "repeated": len(finished) - len(set(finished)),
         "left": sorted(p.name for p in out.iterdir() if p.name.startswith((".", "updates"))),
@@ -126,8 +133,7 @@ def main() -> None:
         == 0
     )
     duration = time.monotonic() - started
-    weights = whole / "run" / f"round-{num_rounds:04d}" / "adapter_model.safetensors"
-    reference = weights.read_bytes()
+    reference = artefact(whole / "run", num_rounds)
     cases: list[dict[str, object]] = []
     source = random.Random(0)  # noqa: S311 - moments of kills, no secret
     change = 1
