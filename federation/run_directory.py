@@ -49,16 +49,14 @@ class ResumeError(UserError):
 class RunDirectory:
     """The directory of one run, claimed for this process."""
 
-    def __init__(
-        self, settings: FederationSettings, run: str, base_model: str, last_round: int
-    ) -> None:
+    def __init__(self, settings: FederationSettings, run: str, base_model: str) -> None:
         """Use `start` or `resume`."""
         self.settings = settings
         self.path = Path(settings.out)
         self.run = run
         self.base_model = base_model
-        self.last_round = last_round
-        """The last that is over; 0 = none."""
+        self.last_round = 0
+        """The last that is over; 0 = none. Known once the directory is claimed."""
         self._lock: TextIO | None = None
 
     @classmethod
@@ -71,7 +69,7 @@ class RunDirectory:
         out = Path(settings.out)
         refuse_existing(out)
         digest = model_digest(Path(settings.base_model))
-        directory = cls(settings, secrets.token_hex(8), digest, 0)
+        directory = cls(settings, secrets.token_hex(8), digest)
         description = {
             "run": directory.run,
             "base_model_digest": digest,
@@ -107,8 +105,7 @@ class RunDirectory:
                 f"{settings.base_model} has digest {seen[:16]}…, the run trains {digest[:16]}…: "
                 "put the run's base model back"
             )
-        rounds = [int(match[1]) for p in path.iterdir() if (match := _ROUND.fullmatch(p.name))]
-        return cls(settings, run, digest, max(rounds, default=0))
+        return cls(settings, run, digest)
 
     def __enter__(self) -> Self:
         """Claim the directory and clear what a kill left half written.
@@ -122,6 +119,9 @@ class RunDirectory:
         except OSError:
             self._lock.close()
             raise ResumeError(f"another process runs {self.path} now: wait for it") from None
+        # Not before: whoever ran it until now may have finished a round.
+        names = (match for p in self.path.iterdir() if (match := _ROUND.fullmatch(p.name)))
+        self.last_round = max((int(match[1]) for match in names), default=0)
         for leftover in self.path.glob(".*"):  # half-written ones are hidden until they are whole
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
@@ -159,8 +159,18 @@ class RunDirectory:
             raise ResumeError(f"the run cannot go on: {error}") from None
 
     def states(self) -> ServerState:
-        """Return what the last round carried on, one module at a time."""
-        return ServerState(self._state(self.last_round))
+        """Return what the last round carried on, one module at a time.
+
+        Raises:
+            ResumeError: It is gone.
+        """
+        path = self._state(self.last_round)
+        if self.last_round and not path.is_dir():
+            raise ResumeError(
+                f"the run cannot go on: {path} is gone, which holds what round {self.last_round} "
+                "carried on: restore it, or start a new run"
+            )
+        return ServerState(path)
 
     def commit(self, server_round: int, building: Path) -> Path:
         """Make a round's finished directory the last one; return where it is now.
@@ -211,11 +221,21 @@ class ServerState:
     directory: Path
 
     def read(self, module: str) -> dict[str, Tensor]:
-        """Return the tensors of a module; none in the first round."""
+        """Return the tensors of a module; none in the first round.
+
+        Raises:
+            ResumeError: Its file is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self.directory / f"{module}.safetensors"
-        return dict(load_file(path)) if path.is_file() else {}
+        try:
+            return dict(load_file(path)) if path.is_file() else {}
+        except SafetensorError as error:
+            raise ResumeError(
+                f"the run cannot go on: {path} is damaged ({error}): restore it, or start a new run"
+            ) from None
 
     def tail(self, module: str) -> LowRank | None:
         """Return what the last average lost in a module."""

@@ -1,6 +1,7 @@
 """A run that was killed goes on and ends with the same bytes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,11 @@ def test_a_run_cannot_be_resumed_twice_at_once(
             "cannot go on.*damaged",
         ),
         (
+            lambda run, _: next((run / "state-0003").iterdir()).write_bytes(b"x"),
+            "state-0003.*damaged",
+        ),
+        (lambda run, _: shutil.rmtree(run / "state-0003"), "state-0003 is gone"),
+        (
             lambda _, model: (model / "config.json").write_text('{"vocab_size": 1}'),
             "put the run's base model back",
         ),
@@ -160,8 +166,6 @@ def test_a_run_cannot_be_resumed_twice_at_once(
 def test_what_cannot_be_resumed_is_refused_in_one_sentence(
     settings: FederationSettings, tiny_model: Path, tmp_path: Path, spoil: object, sentence: str
 ) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     short = settings.model_copy(update={"base_model": str(model)})
