@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 MAX_EXAMPLES = 1_000_000_000
 """A count beyond it is a mistake or an attack: it would own the average."""
+MAX_REPORTED = 1e9
+"""No mean loss and no seconds of training lie beyond it; a weighted sum of such stays finite."""
+_HEADER_SLACK = 1 << 12
+"""By how much the header of an update may be longer than the adapter's that was sent."""
 LIFETIME = 2
 """A request expires this many round timeouts after it was sent: later, a reply is lost unnamed."""
 
@@ -49,11 +53,8 @@ class Outgoing:
     """The message for sites that hold the adapter before it, or for all."""
     before: Update | None = None
     """The adapter of the round before."""
-
-    @property
-    def is_change(self) -> bool:
-        """Only a site that holds ``before`` can read the message."""
-        return self.message != self.served.path and self.before is not None
+    is_change: bool = False
+    """Only a site that holds ``before`` can read the message."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Exchange:
             raise RoundError(
                 f"round {server_round}: {len(attempt.received)} of the {quorum} updates that make "
                 f"the quorum came in {self._settings.round_attempts} attempts "
-                f"({attempt.reasons[0]}); every reason is in {self._log.path}. The last adapter "
+                f"({attempt.first_reason}); every reason is in {self._log.path}. The last adapter "
                 "stays: mend the sites and resume the run"
             )
         return sorted(attempt.received.values(), key=lambda item: (item.sha256, item.reply.site))
@@ -163,7 +164,8 @@ class Exchange:
         self._busy = {site: busy for site, busy in self._busy.items() if busy.expires > now}
         taken = attempt.received.keys() | attempt.waiting.keys()
         free = sorted(set(connected) - taken - self._busy.keys())
-        count = num_asked(settings, len(connected)) - len(taken)
+        # Those that were silent in an attempt may still answer, but others are asked beside them.
+        count = num_asked(settings, len(connected)) - len(attempt.received)
         drawn = _draw(free, count, f"{settings.seed}/{attempt.server_round}/{number}")
         holders = self._holders if attempt.outgoing.is_change else set(drawn)
         in_full = [site for site in drawn if site not in holders]
@@ -206,13 +208,25 @@ class Exchange:
         attempt.got_whole |= set(sites) if message == attempt.outgoing.served.path else set()
 
     def _collect(self, attempt: _Attempt) -> None:
-        """Take in replies until every site that was asked answered, or time is up."""
-        deadline = self._clock() + self._settings.round_timeout_s
-        while attempt.waiting and self._clock() < deadline:
+        """Take in replies until every site that was asked answered, or time is up.
+
+        Where these make no quorum, a site that is busy with an earlier round is waited for too: its
+        answer may be folded in, and frees it for another attempt.
+        """
+        timeout_s = self._settings.round_timeout_s
+        deadline = self._clock() + timeout_s
+        while self._is_worth_waiting(attempt) and self._clock() < deadline:
             if not self._take_next(attempt):
                 self._sleep(0.05)
         for site in sorted(attempt.waiting):
-            self._fail(attempt, site, f"no reply within {self._settings.round_timeout_s:g} s")
+            self._fail(attempt, site, f"no reply within {timeout_s:g} s")
+        if not attempt.waiting and len(attempt.received) < self._settings.quorum:
+            for site, busy in sorted(self._busy.items()):
+                attempt.reasons.append(f"site {site} is busy with round {busy.server_round}")
+
+    def _is_worth_waiting(self, attempt: _Attempt) -> bool:
+        has_quorum = len(attempt.received) >= self._settings.quorum
+        return bool(attempt.waiting) or (bool(self._busy) and not has_quorum)
 
     def _take_next(self, attempt: _Attempt) -> bool:
         """Take in one reply, if one is there; its bytes are let go before the next one's come."""
@@ -291,8 +305,14 @@ class Exchange:
             raise WireError(reply.error or "the site sent neither an update nor an error")
         if not 1 <= reply.num_examples <= MAX_EXAMPLES:
             raise WireError(f"num_examples is {reply.num_examples}: expected 1 to {MAX_EXAMPLES}")
-        if not math.isfinite(reply.train_loss) or not math.isfinite(reply.seconds):
-            raise WireError("train_loss or seconds is not a finite number")
+        # The comparisons are False for NaN.
+        if not (abs(reply.train_loss) <= MAX_REPORTED and abs(reply.seconds) <= MAX_REPORTED):
+            raise WireError(f"train_loss or seconds is not a number up to {MAX_REPORTED:g}")
+        if len(reply.update) > served.num_bytes + _HEADER_SLACK:
+            raise WireError(
+                f"the update has {len(reply.update)} bytes, the whole adapter that was sent "
+                f"{served.num_bytes}"
+            )
         path = self._spool / f"{hashlib.sha256(reply.site.encode()).hexdigest()[:16]}.update"
         with path.open("wb") as file:
             file.write(reply.update)
@@ -324,6 +344,10 @@ class _Attempt:
         self.got_whole: set[str] = set()
         """Sites that got the whole adapter, so that they cannot lack a reference."""
         self.reasons: list[str] = []
+
+    @property
+    def first_reason(self) -> str:
+        return self.reasons[0] if self.reasons else "no site was free to be asked"
 
 
 def _draw(sites: Sequence[str], count: int, seed: str) -> list[str]:

@@ -212,6 +212,10 @@ def _lay_out(raw: bytes, header: dict[str, Any]) -> Header:
     if type(reference) is not str or not _REFERENCE[needs_one].fullmatch(reference):
         wanted = "a sha256 in hex" if needs_one else "none"
         raise ValueError(f"reference {reference!r}: {dtype} {factors} expects {wanted}")
+    base_model = header["base_model"]
+    if type(base_model) is not str or len(base_model) > 64 or not base_model.isprintable():
+        # It is quoted in logs and terminals, where a control code would act.
+        raise ValueError(f"base_model {base_model!r:.80}: expected a sha256 in hex")
     places = _places(header["tensors"], len(raw), dtype, rank)
     modules = [{name[:-2] for name in places if name.endswith(f".{f}")} for f in FACTORS[factors]]
     if any(names != modules[0] for names in modules):
@@ -224,7 +228,7 @@ def _lay_out(raw: bytes, header: dict[str, Any]) -> Header:
         dtype=dtype,
         rank=rank,
         alpha=float(alpha),
-        base_model=str(header["base_model"]),
+        base_model=base_model,
         factors=factors,
         reference=reference,
         places=places,

@@ -28,7 +28,7 @@ from federation.aggregation.alternating import orthonormalised, trained_factor
 from federation.aggregation.server_optimizers import server_step
 from federation.errors import FedgeError
 from federation.exchange import Exchange, Outgoing, Received, RoundError
-from federation.header import holds_changes
+from federation.header import LARGEST, holds_changes
 from federation.lineage import write_lineage
 from federation.run_directory import RunDirectory
 from federation.wire import open_update, write_message
@@ -173,7 +173,7 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     write_message(message, adapter, dtype=dtype, base_model=digest, reference=reference)
     decoded = open_update(message, reference=reference)
     write_message(path, decoded, dtype="float32", base_model=digest)
-    return Outgoing(open_update(path), message, before)
+    return Outgoing(open_update(path), message, before, is_change=reference is not None)
 
 
 def _first_adapter(run: _Run) -> Adapter:
@@ -249,7 +249,7 @@ def _stepped(
     """Return what the server makes of one module's average, and what it carries on for it.
 
     Raises:
-        RoundError: A number is not finite.
+        RoundError: A number could not be sent on in the next round.
     """
     factors, trains, optimizer = (
         module.factors,
@@ -265,10 +265,12 @@ def _stepped(
         state = {}
     if run.settings.aggregation == "alternating":
         factors = orthonormalised(factors, trains)
-    if not (factors.b_OR.isfinite().all() and factors.a_RI.isfinite().all()):
+    # The comparison is False for NaN. A round that is committed must be one that can be sent.
+    if not all(float(factor.abs().max()) <= LARGEST for factor in (factors.b_OR, factors.a_RI)):
         raise RoundError(
-            f"round {server_round}: the average is not finite, so some update is absurdly large: "
-            "the last adapter stays; look at the sites' losses in the event log"
+            f"round {server_round}: {module.name} of the average holds NaN, infinity or a number "
+            f"beyond {LARGEST:g}, so some update is absurdly large: the last adapter stays; look "
+            "at the sites' losses in the event log"
         )
     return factors, state
 

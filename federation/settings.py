@@ -118,7 +118,7 @@ class FederationSettings(Settings):
     """How often a round without quorum is tried before the run ends."""
     late_replies: Literal["drop", "fold"] = "drop"
     """What becomes of an update that comes after its round: named and dropped, or its change is
-    folded into the round in which it comes."""
+    folded into the next round. One that comes later still is dropped."""
     aggregation: AGGREGATIONS = "products"
     """products: the exact mean of B @ A. factors: mean(B) @ mean(A), the usual inexact way.
     alternating: B and A are trained in turns, so that plain sums are exact. The others bear
@@ -164,6 +164,11 @@ class FederationSettings(Settings):
             raise ValueError(
                 f"robust.clip_norm is {self.robust.clip_norm} and aggregation {kind}: a change is "
                 "shortened in product space, so use products, krum, multi_krum or geometric_median"
+            )
+        if kind == "alternating" and self.late_replies == "fold":
+            raise ValueError(
+                "late_replies is fold and aggregation alternating, in which the round after trains "
+                'the other factor: set late_replies="drop"'
             )
         optimizer = self.server_optimizer
         if kind == "alternating" and optimizer.kind != "none":

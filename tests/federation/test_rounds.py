@@ -37,6 +37,7 @@ from tests.simulated import (
     duplicate,
     forge,
     in_rounds,
+    moved,
     once,
     say,
     truncate,
@@ -194,6 +195,15 @@ def rename_model(header: dict[str, object], tensors: bytearray) -> None:
     header["base_model"] = "e" * 64
 
 
+def control_codes(header: dict[str, object], tensors: bytearray) -> None:
+    header["base_model"] = "\x1b[2J\nround 9: ok"
+
+
+def swell(header: dict[str, object], tensors: bytearray) -> None:
+    header["tensors"].append(["x.A", [4, 1 << 16]])
+    tensors += bytes(1 << 20)
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -208,8 +218,11 @@ def rename_model(header: dict[str, object], tensors: bytearray) -> None:
         (say(num_examples=0), "num_examples is 0"),
         (say(num_examples=10**18), "expected 1 to"),
         (say(num_examples=10**400), "expected 1 to"),
-        (say(train_loss=float("nan")), "not a finite number"),
-        (say(seconds=float("inf")), "not a finite number"),
+        (say(train_loss=float("nan")), "not a number up to"),
+        (say(train_loss=1.7e308), "not a number up to"),
+        (say(seconds=float("inf")), "not a number up to"),
+        (forge(control_codes), "expected a sha256 in hex"),
+        (forge(swell), "the whole adapter that was sent"),
     ],
 )
 def test_a_faulty_site_is_named_with_the_cause_and_changes_nothing(
@@ -224,6 +237,7 @@ def test_a_faulty_site_is_named_with_the_cause_and_changes_nothing(
     failures = events(with_fault, SiteFailed)
     assert {failure.site for failure in failures} == {"d"}
     assert [f.reason for f in failures if reason not in f.reason] == []
+    assert all(failure.reason.isprintable() for failure in failures)
     assert ": NaN" not in (Path(with_fault.out) / "events.jsonl").read_text()
     summary = summarise(Path(with_fault.out) / "events.jsonl")
     assert summary["state"] == "finished"
@@ -254,6 +268,46 @@ def test_a_round_without_quorum_is_tried_again_with_what_came(
         (1, 2, ["b"]),  # the others' updates are of this very adapter
         (2, 1, ["a", "b", "c"]),
     ]
+
+
+def test_a_round_asks_the_others_when_those_that_were_drawn_are_silent(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = named_sites(tmp_path / "s", "abcd")
+    send = sites.send
+
+    def send_and_lose_the_first(names: list[str], request: object) -> None:
+        sites.faults = {} if sites.requests else dict.fromkeys("abcd", drop)
+        send(names, request)
+
+    sites.send = send_and_lose_the_first
+    half = settings(num_sites=4, quorum=2, fraction_train=0.5, num_rounds=1)
+    run(sites, half)
+    first, second = (event.asked for event in events(half, RoundStarted))
+    assert sorted(first + second) == list("abcd")
+
+
+@pytest.mark.parametrize("fault", [delay(1), drop])
+def test_a_round_without_quorum_waits_for_a_site_that_is_busy(
+    settings: Settings, tmp_path: Path, fault: Fault
+) -> None:
+    """Until it answers, late, or its request expires: then it is asked."""
+    sites = named_sites(tmp_path / "s")
+    sites.faults["c"] = in_rounds({1}, fault)
+    sites.wait_for = lambda *_: list("ac" if sites.requests else "abc")
+    run(sites, settings(quorum=2))
+    asked = [e.asked for e in events(settings(), RoundStarted) if e.server_round == 2]
+    assert asked == [["a"], ["c"]]
+
+
+def test_a_round_in_which_every_site_is_busy_ends_with_the_reason(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = named_sites(tmp_path / "s")
+    sites.faults["c"] = drop
+    sites.wait_for = lambda *_: list("c" if sites.requests else "abc")
+    with pytest.raises(RoundError, match="round 2: 0 of the 1.*site c is busy with round 1"):
+        run(sites, settings(round_attempts=1))
 
 
 def test_a_run_ends_without_quorum_and_the_last_adapter_stays(
@@ -349,6 +403,30 @@ def test_a_request_that_expired_frees_its_site(settings: Settings, tmp_path: Pat
     assert asked == [["a", "b", "c"], ["a", "b"], ["a", "c"]]
 
 
+@pytest.mark.parametrize("rule", ["products", "alternating"])
+def test_no_round_is_committed_that_cannot_be_sent(
+    settings: Settings, tmp_path: Path, rule: str
+) -> None:
+    sites = named_sites(tmp_path / "s")
+
+    def huge(adapter: Adapter) -> Adapter:
+        generator = torch.Generator().manual_seed(0)
+        return moved(
+            adapter,
+            lambda f: LowRank(
+                1e15 * torch.randn(f.b_OR.shape, generator=generator).sign(),
+                -0.5 * f.a_RI if rule == "products" else f.a_RI,
+            ),
+        )
+
+    honest, sites.moves["c"] = sites.moves["c"], huge
+    sites.num_examples["c"] = 60
+    with pytest.raises(RoundError, match="of the average holds NaN, infinity or a number beyond"):
+        run(sites, settings(aggregation=rule))
+    sites.moves["c"] = honest
+    run(sites, settings().model_copy(update={"resume": settings().out}))
+
+
 # --- sampling
 
 
@@ -426,6 +504,16 @@ def test_a_site_that_missed_a_round_gets_the_whole_adapter_at_once(
 
 
 # --- other averages
+
+
+def test_a_newcomer_gets_no_more_bytes_than_others_where_a_message_stands_alone(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = named_sites(tmp_path / "s")
+    sites.faults["c"] = in_rounds({1}, crash)
+    narrow = settings(wire={"downlink": "bfloat16"})
+    run(sites, narrow)
+    assert [event.in_full for event in events(narrow, RoundStarted)] == [[], []]
 
 
 def test_alternating_rounds_train_one_factor_and_keep_the_product(
@@ -598,6 +686,7 @@ def test_a_liar_among_eight_is_borne(
         ({"quorum": 4}, "quorum is 4 and num_sites 3"),
         ({"aggregation": "median", "robust": {"clip_norm": 1.0}}, "use products, krum"),
         ({"aggregation": "alternating", "wire": {"uplink": "int8"}}, "use float32 or bfloat16"),
+        ({"aggregation": "alternating", "late_replies": "fold"}, 'set late_replies="drop"'),
         ({"aggregation": "factors", "adapter": {"energy": 0.9}}, "only products"),
         ({"server_optimizer": {"kind": "fedadam"}}, "expected at most 0.1"),
         (
