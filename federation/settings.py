@@ -37,8 +37,8 @@ class AdapterSettings(Settings):
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the served adapter; with an ``energy`` its rank in the first round."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """LoRA scale numerator: the update is alpha / rank * B @ A."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """LoRA scale numerator: the update is alpha / rank * B @ A. The wire refuses more."""
     targets: Literal["all-linear", "attention"] = "all-linear"
     """Which projections get factors: all seven of a block, or q, k, v and o only."""
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.0
