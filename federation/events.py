@@ -58,6 +58,15 @@ class RoundStarted:
 
 
 @dataclass(frozen=True)
+class AdapterResent:
+    """A site did not hold what the message stands on and was sent the whole adapter at once."""
+
+    server_round: int
+    site: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class UpdateReceived:
     """A site's update arrived, was checked and is on disk."""
 
@@ -134,6 +143,7 @@ Event = (
     RunStarted
     | RunResumed
     | RoundStarted
+    | AdapterResent
     | UpdateReceived
     | SiteFailed
     | SiteLate

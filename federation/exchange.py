@@ -218,6 +218,8 @@ class Exchange:
         while self._is_worth_waiting(attempt) and self._clock() < deadline:
             if not self._take_next(attempt):
                 self._sleep(0.05)
+        while attempt.waiting and self._take_next(attempt):
+            pass  # what had come by then counts, however long the checks before it took
         for site in sorted(attempt.waiting):
             self._fail(attempt, site, f"no reply within {timeout_s:g} s")
         if not attempt.waiting and len(attempt.received) < self._settings.quorum:
@@ -243,7 +245,11 @@ class Exchange:
         """Spool and check one reply to this round."""
         del attempt.waiting[reply.site]
         if reply.lacks_reference and reply.site not in attempt.got_whole:
-            self._send([reply.site], attempt, attempt.outgoing.served.path)
+            served = attempt.outgoing.served
+            self._log.write(
+                events.AdapterResent(attempt.server_round, reply.site, served.num_bytes)
+            )
+            self._send([reply.site], attempt, served.path)
             return
         try:
             update = self._check(reply, attempt.trains, attempt.outgoing.served)
@@ -259,6 +265,9 @@ class Exchange:
             return
         outgoing, server_round = attempt.outgoing, attempt.server_round
         is_kept = False
+        if reply.update is None:
+            self._fail(attempt, reply.site, f"in round {reply.server_round}: {reply.error}")
+            return
         if (
             self._settings.late_replies == "fold"
             and reply.server_round == server_round - 1

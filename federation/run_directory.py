@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 from federation.adapter import LowRank, read_adapter
-from federation.atomic import new_directory, refuse_existing, sync_directory, write_atomically
+from federation.atomic import new_directory, sync_directory, write_atomically
 from federation.base_model import model_digest
 from federation.errors import UserError
 from federation.settings import FederationSettings, load_settings
@@ -49,9 +49,12 @@ class ResumeError(UserError):
 class RunDirectory:
     """The directory of one run, claimed for this process."""
 
-    def __init__(self, settings: FederationSettings, run: str, base_model: str) -> None:
+    def __init__(
+        self, settings: FederationSettings, run: str, base_model: str, *, is_new: bool
+    ) -> None:
         """Use `start` or `resume`."""
         self.settings = settings
+        self._is_new = is_new
         self.path = Path(settings.out)
         self.run = run
         self.base_model = base_model
@@ -66,17 +69,9 @@ class RunDirectory:
         Raises:
             UserError: The base model is missing, or the directory is not empty.
         """
-        out = Path(settings.out)
-        refuse_existing(out)
+        _refuse_used(Path(settings.out))
         digest = model_digest(Path(settings.base_model))
-        directory = cls(settings, secrets.token_hex(8), digest)
-        description = {
-            "run": directory.run,
-            "base_model_digest": digest,
-            "settings": settings.model_dump(exclude={"resume"}),
-        }
-        write_atomically(out / "run.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
-        return directory
+        return cls(settings, secrets.token_hex(8), digest, is_new=True)
 
     @classmethod
     def resume(cls, path: Path) -> Self:
@@ -105,28 +100,33 @@ class RunDirectory:
                 f"{settings.base_model} has digest {seen[:16]}…, the run trains {digest[:16]}…: "
                 "put the run's base model back"
             )
-        return cls(settings, run, digest)
+        return cls(settings, run, digest, is_new=False)
 
     def __enter__(self) -> Self:
         """Claim the directory and clear what a kill left half written.
 
         Raises:
             ResumeError: Another process runs it now.
+            UserError: A new run would write over something.
         """
-        self._lock = (self.path / "lock").open("w")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise ResumeError(f"another process runs {self.path} now: wait for it") from None
-        # Not before: whoever ran it until now may have finished a round.
-        names = (match for p in self.path.iterdir() if (match := _ROUND.fullmatch(p.name)))
-        self.last_round = max((int(match[1]) for match in names), default=0)
-        for leftover in self.path.glob(".*"):  # half-written ones are hidden until they are whole
+        for leftover in filter(_is_leftover, self.path.iterdir()):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
+        if self._is_new:
+            _refuse_used(self.path)
+            self._describe()
+        # Not before: whoever ran it until now may have finished a round.
+        names = (match for p in self.path.iterdir() if (match := _ROUND.fullmatch(p.name)))
+        self.last_round = max((int(match[1]) for match in names), default=0)
         for state in self.path.glob("state-*"):
             if state != self._state(self.last_round):
                 shutil.rmtree(state)
@@ -138,6 +138,15 @@ class RunDirectory:
         shutil.rmtree(self.path / "updates", ignore_errors=True)
         if self._lock:
             self._lock.close()
+
+    def _describe(self) -> None:
+        description = {
+            "run": self.run,
+            "base_model_digest": self.base_model,
+            "settings": self.settings.model_dump(exclude={"resume"}),
+        }
+        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+        write_atomically(self.path / "run.json", text)
 
     def round(self, server_round: int) -> Path:
         """Return the directory of a round's adapter."""
@@ -212,6 +221,28 @@ class RunDirectory:
 
 
 _ROUND = re.compile(r"round-(\d{4,})")
+_LEFTOVER = re.compile(r"\.(\.?round-|state-|run\.json\.|adapter$)")
+_LOCK = "lock"
+
+
+def _is_leftover(path: Path) -> bool:
+    """Tell what a kill left half written: it is hidden until it is whole."""
+    return bool(_LEFTOVER.match(path.name))
+
+
+def _refuse_used(out: Path) -> None:
+    """Say before the long work that a new run's directory holds something.
+
+    Raises:
+        UserError: It does.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir() or any(p.name != _LOCK and not _is_leftover(p) for p in out.iterdir()):
+        raise UserError(
+            f"{out} exists already: choose another output directory, or go on with the run that is "
+            f'there: resume="{out}"'
+        )
 
 
 @dataclass(frozen=True)

@@ -125,22 +125,30 @@ def summarise(
 
 def _take(run: _Run, event: events.Event) -> None:
     """Add one event to the fold."""
+    match event:
+        case events.RoundStarted():
+            _take_start(run, event)
+        case events.AdapterResent():
+            run.round(event.server_round).bytes_down += event.num_bytes
+            run.site(event.site).bytes_down += event.num_bytes
+        case events.UpdateReceived():
+            _take_update(run, event)
+        case events.SiteFailed():
+            _take_failure(run, event)
+        case events.SiteLate():
+            _take_late(run, event.server_round, event.site, event.trained_round)
+        case _:
+            _take_of_the_run(run, event)
+
+
+def _take_of_the_run(run: _Run, event: events.Event) -> None:
+    """Add an event that belongs to no single site."""
     summary = run.summary
     match event:
         case events.RunStarted():
             summary |= asdict(event)
         case events.RunResumed():
             _take_resumption(run, event.server_round)
-        case events.RoundStarted():
-            _take_start(run, event)
-        case events.UpdateReceived():
-            _take_update(run, event)
-        case events.SiteFailed():
-            summary["failures"].append(asdict(event))
-            run.round(event.server_round).failed.add(event.site)
-            run.site(event.site).num_failed += 1
-        case events.SiteLate():
-            _take_late(run, event.server_round, event.site, event.trained_round)
         case events.RoundFinished():
             row = _row(run, event.server_round) | asdict(event)
             kept = [r for r in summary["rounds"] if r["server_round"] < event.server_round]
@@ -176,6 +184,12 @@ def _take_start(run: _Run, event: events.RoundStarted) -> None:
         site = run.site(name)
         site.num_asked += 1
         site.bytes_down += num_bytes
+
+
+def _take_failure(run: _Run, event: events.SiteFailed) -> None:
+    run.summary["failures"].append(asdict(event))
+    run.round(event.server_round).failed.add(event.site)
+    run.site(event.site).num_failed += 1
 
 
 def _take_update(run: _Run, event: events.UpdateReceived) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from federation.adapter import read_adapter
+from federation.errors import UserError
 from federation.events import RunResumed, read_events
 from federation.exchange import RoundError
 from federation.rounds import run_rounds
@@ -138,6 +139,21 @@ def test_a_run_cannot_be_resumed_twice_at_once(
         RunDirectory.resume(tmp_path / "run"),
     ):
         pass
+
+
+def test_what_a_kill_left_before_the_run_was_described_is_no_run(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".run.json.x7").write_text("{")
+    (out / "lock").touch()
+    (out / ".snapshot").mkdir()  # a file server's own
+    with pytest.raises(UserError, match="exists already.*resume="):
+        run_rounds(two_sites(tmp_path / "s"), settings)
+    (out / ".snapshot").rmdir()
+    run_rounds(two_sites(tmp_path / "t"), settings)
+    assert not (out / ".run.json.x7").exists()
 
 
 @pytest.mark.parametrize(
