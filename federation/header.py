@@ -43,6 +43,8 @@ MAX_ALPHA = 1e6
 _MAX_COLUMNS = 1 << 24
 _MAX_HEADER_BYTES = 1 << 20
 """A 70B model's is 70 kB; parsed JSON takes some thirty times its length in memory."""
+_NAME = re.compile(r"[\w.-]{0,256}", re.ASCII)
+"""Of a module and of a base model: both stand in logs, and the other side chooses them."""
 _REFERENCE = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}
 """What stands there, by whether the message needs a reference."""
 
@@ -205,7 +207,9 @@ def _lay_out(raw: bytes, header: dict[str, Any]) -> Header:
         raise ValueError(f"rank {rank!r}: expected a whole number in [1, {MAX_RANK}]")
     if type(alpha) not in (int, float) or not 0 < alpha <= MAX_ALPHA:
         raise ValueError(f"alpha {alpha!r}: expected a number in (0, {MAX_ALPHA:g}]")
-    factors, reference = header["factors"], header["reference"]
+    factors, reference, base_model = header["factors"], header["reference"], header["base_model"]
+    if type(base_model) is not str or not _NAME.fullmatch(base_model):
+        raise ValueError(f"base_model {str(base_model)[:80]!r}: expected a digest in hex")
     if factors not in FACTORS:
         raise ValueError(f"factors {factors!r}: expected one of {', '.join(FACTORS)}")
     needs_one = holds_changes(dtype) or factors != "AB"
@@ -241,9 +245,11 @@ def _places(tensors: Any, offset: int, dtype: str, rank: int) -> dict[str, Place
     for name, (rows, columns) in tensors:
         whole = type(name) is str and type(rows) is int and type(columns) is int
         if not whole or not 0 < columns <= _MAX_COLUMNS or name in places:
-            raise ValueError(f"tensor {name!r} of shape {rows} x {columns}")
+            raise ValueError(f"tensor {name!r} of shape {rows!r} x {columns!r}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"tensor {name[:80]!r}: expected letters, digits, '.', '-' and '_'")
         if rows != rank:
-            raise ValueError(f"tensor {name!r} of shape {rows} x {columns} in rank {rank}")
+            raise ValueError(f"tensor {name!r} of shape {rows!r} x {columns!r} in rank {rank}")
         places[name] = Place(offset, rows, columns)
         offset += tensor_bytes(rows * columns, dtype)
     return places

@@ -161,6 +161,11 @@ def forged(change: dict[str, object]) -> bytes:
         {"alpha": 1e300},
         {"alpha": "6"},
         {"dtype": ["float32"]},
+        {"base_model": "\x1b[2J\nround 9: done"},
+        {"base_model": "m" * 100_000},
+        {"base_model": ["m"]},
+        {"tensors": [["\x1b[2J" + "y" * 100_000 + ".B", [3, 8]]]},
+        {"tensors": [["layers.0.q_proj.B", ["\x1b[2J", 8]]]},
         {"tensors": 5},
         {"tensors": [[5, [8, 3]]]},
         {"tensors": [["layers.0.q_proj.B", [3, 8.0]]]},
@@ -175,6 +180,7 @@ def test_a_hostile_header_is_a_wire_error_and_nothing_else(
     with pytest.raises(WireError) as caught:
         open_update(store(tmp_path, forged(change)))
     assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable(), "it goes to a log and a terminal"
 
 
 def test_a_header_nested_without_end_is_a_wire_error(tmp_path: Path) -> None:
