@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,20 +82,31 @@ class RoundRequest:
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on the site's records and send it back."""
     code = SITE_ERROR
+    own = [str(context.node_config.get(key, "")) for key in ("data", "base_model", "state")]
     try:
         return _train(message, context)
     except MissingReferenceError as error:
-        code, reason = REFERENCE_MISSING, without_directories(str(error))
+        code, reason = REFERENCE_MISSING, without_directories(str(error), own)
     except FedgeError as error:
-        reason = without_directories(str(error))
+        reason = without_directories(str(error), own)
     except Exception as error:
         traceback.print_tb(error.__traceback__, file=sys.stderr)
         reason = f"the site failed with {type(error).__name__}; its own log shows where"
     return Message(Error(code, reason), reply_to=message)
 
 
-def without_directories(reason: str) -> str:
-    """Return a message with file names but not where they lie: that is the site's own business."""
+def without_directories(reason: str, own: Sequence[str] = ()) -> str:
+    """Return a message with file names but not where they lie: that is the site's own business.
+
+    Args:
+        reason: What went wrong.
+        own: The paths that the site was given: they may be relative, or hold spaces and quotes, so
+            that no pattern could tell where they end.
+    """
+    for path in map(Path, own):
+        for directory in (path.parent, path.absolute().parent):
+            if directory.name:
+                reason = reason.replace(f"{directory}{os.sep}", f"…{os.sep}")
     return re.sub(r"(?:[A-Za-z]:)?[\\/](?:[^\s\\/:'\"]+[\\/])+", "…/", reason)
 
 

@@ -214,6 +214,21 @@ def test_on_a_real_site_the_simulation_record_is_never_read(
     assert "does not say its data" in reason
 
 
+@pytest.mark.parametrize(
+    "place", ["Jane Doe's ward/for: her/{}", "{tmp}/Jane Doe's ward/for: her/{}", "Jane/{}"]
+)
+@pytest.mark.parametrize("key", ["data", "base_model"])
+def test_where_a_sites_files_lie_is_not_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server.node[key] = place.format("gone.jsonl", tmp=tmp_path)
+    _, reason = failure_of(server.ask(1, server.whole()))
+    assert "gone.jsonl does not exist" in reason
+    assert "Jane" not in reason
+    assert "her" not in reason.replace("Hugging", "")
+
+
 def test_in_simulation_the_record_goes_before_the_run_config(
     server: Server, tiny_model: Path, tmp_path: Path
 ) -> None:
