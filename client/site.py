@@ -38,7 +38,7 @@ def find_site(
 
     Args:
         node_config: `data`, `base_model`, and if it wants `name`, `rank` and `state`; or
-            `partition-id`, which only a simulation sets.
+            `partition-id`, as a simulation sets it; beside `data` it says nothing.
         simulation: `simulated_sites` and `base_model`. Not looked at on a real site.
         node_id: Flower's number of the site.
         environment: For XDG_STATE_HOME and HOME.
@@ -53,7 +53,7 @@ def find_site(
             f"rank in this site's node config is {rank!r}: expected a whole number from 1 on, "
             "such as --node-config 'rank=4'"
         )
-    if "partition-id" in node_config:
+    if "partition-id" in node_config and not node_config.get("data"):
         folder = _simulated_folder(int(node_config["partition-id"]), simulation)
         base_model, data, name = str(simulation["base_model"]), folder / "train.jsonl", folder.name
         state = folder.parent.absolute().parent / "site-state" / name

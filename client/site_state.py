@@ -126,6 +126,8 @@ class SiteState:
             residual: What is still to be sent, or None.
             is_reference: Whether the next round may be sent as a change of ``received``.
         """
+        # What a residual says of the records behind it is for no other user of the machine.
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         digest = received.sha256_of_content
         path = self._adapter_path(digest)
         if is_reference and not path.is_file():

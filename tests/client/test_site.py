@@ -26,6 +26,7 @@ def test_nothing_that_a_run_says_names_a_file_on_a_real_site(tmp_path: Path) -> 
     write_records(tmp_path / "sites" / "bank" / "train.jsonl", 1)
     run = {"simulated_sites": str(tmp_path / "sites"), "base_model": "/run/base"}
     assert find(REAL, run) == find(REAL)
+    assert find(REAL | {"partition-id": 0}, run) == find(REAL)
     with pytest.raises(UserError, match="does not say its data"):
         find({}, run)
     with pytest.raises(UserError, match="does not say its base_model"):

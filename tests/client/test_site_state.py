@@ -83,6 +83,12 @@ def test_old_adapters_residuals_and_runs_go(tmp_path: Path) -> None:
     assert (root / "mine").is_dir()
 
 
+def test_no_other_user_of_the_machine_reads_what_a_site_keeps(tmp_path: Path) -> None:
+    one, root = sent(tmp_path, 1), tmp_path / "deep" / "state"
+    SiteState(root, "a").keep(1, one, residual=adapter(1), is_reference=True)
+    assert root.stat().st_mode & 0o777 == 0o700
+
+
 def test_an_adapter_that_was_kept_is_the_reference_of_the_next_change(tmp_path: Path) -> None:
     root, first = tmp_path / "state", sent(tmp_path, 1)
     with pytest.raises(MissingReferenceError, match=f"{first.checksum[:16]}….*as float32"):
