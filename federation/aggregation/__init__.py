@@ -22,7 +22,6 @@ from federation.aggregation.errors import AggregationError
 from federation.aggregation.factors import average_factors
 from federation.aggregation.products import (
     Average,
-    Spectrum,
     Stack,
     average_products,
     cut,
@@ -119,13 +118,14 @@ def aggregate(
     if rule.kind in COORDINATES or rule.kind == "alternating":
         modules = _coordinate_modules(walk, shares, trains)
     else:
-        known: dict[str, Spectrum] = {}
         if rule.energy:
-            for name in walk.names:
-                known[name] = spectrum(walk.stack(name, shares, clips, tails(name)))
-            rank = max(decomposed.rank_for(rule.energy) for decomposed in known.values())
+            # Taken again below: the spectra of all modules would be GBs with some sites.
+            rank = max(
+                spectrum(walk.stack(name, shares, clips, tails(name))).rank_for(rule.energy)
+                for name in walk.names
+            )
             rank = min(max(rank, 1), rule.max_rank)
-        modules = _product_modules(walk, shares, clips, tails, rank, known)
+        modules = _product_modules(walk, shares, clips, tails, rank)
     effective = tuple(share * clip for share, clip in zip(shares, clips, strict=True))
     return Aggregation(rank, rule.scale * rank, effective, modules)
 
@@ -176,7 +176,24 @@ def _coordinate_modules(
             average = robust.trimmed_mean_factors(factors, rule.rank, rule.num_byzantine)
         else:
             average, error = average_factors(factors, shares, rule.rank)
-        yield ModuleAverage(name, average, None, error)
+        yield ModuleAverage(name, _completed(average, walk, name), None, error)
+
+
+def _completed(average: LowRank, walk: _Walk, name: str) -> LowRank:
+    """Leave the slices that no site of the round has as they were sent.
+
+    As zeros they would be lost for good: where B and A are both zero, no gradient moves either.
+    """
+    import torch
+
+    width = max(update.rank for update in walk.updates)
+    if width >= len(average.a_RI):
+        return average
+    sent = walk.origin.read(name)
+    return LowRank(
+        torch.cat([average.b_OR[:, :width], sent.b_OR[:, width:]], dim=1),
+        torch.cat([average.a_RI[:width], sent.a_RI[width:]]),
+    )
 
 
 def _product_modules(
@@ -185,13 +202,11 @@ def _product_modules(
     clips: Sequence[float],
     tails: Callable[[str], LowRank | None],
     rank: int,
-    known: dict[str, Spectrum],
 ) -> Iterator[ModuleAverage]:
-    """Average the products exactly; ``known`` holds spectra that were taken to choose the rank."""
+    """Average the products exactly."""
     for name in walk.names:
         stack = walk.stack(name, shares, clips, tails(name))
-        decomposed = known.pop(name, None) or spectrum(stack)
-        average = cut(stack, decomposed, rank, walk.rule.tail_rank)
+        average = cut(stack, spectrum(stack), rank, walk.rule.tail_rank)
         yield ModuleAverage(name, average.factors, average.tail, average.error)
 
 

@@ -647,6 +647,30 @@ def test_no_rank_slice_decays_where_its_owners_change_nothing(
     assert (after >= 0.999 * before).all()
 
 
+@pytest.mark.parametrize(
+    "aggregation", ["products", "factors", "alternating", "median", "trimmed_mean"]
+)
+def test_slices_whose_only_owner_is_absent_stay_as_they_were(
+    settings: Settings, tmp_path: Path, aggregation: str
+) -> None:
+    mixed = settings(aggregation=aggregation, robust={"num_byzantine": 0})
+    sites = named_sites(tmp_path / "s")
+    sites.ranks = {"a": 2, "b": 2}
+    sites.faults["c"] = in_rounds({2}, crash)
+    run(sites, mixed)
+    before, after = (
+        read_adapter(Path(mixed.out) / name).modules for name in ("round-0001", "round-0002")
+    )
+    for module, factors in after.items():
+        if aggregation == "alternating":  # B is frozen in round 2, and A turns with the QR
+            assert np.linalg.matrix_rank(dense(factors)) == 4
+            continue
+        own, kept = (LowRank(f.b_OR[:, 2:], f.a_RI[2:]) for f in (before[module], factors))
+        size = np.linalg.norm(dense(own))
+        assert size > 0
+        assert np.linalg.norm(dense(kept) - dense(own)) <= 0.1 * size
+
+
 def test_the_rank_grows_to_the_energy_that_is_asked_for(settings: Settings, tmp_path: Path) -> None:
     grows = settings(
         num_rounds=3, adapter={"rank": 2, "alpha": 4.0, "energy": 0.99, "max_rank": 12}
