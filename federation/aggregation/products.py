@@ -20,7 +20,7 @@ row space that is kept, and B takes the rest. A balanced split of the singular v
 does it, trains measurably worse (docs/experiments.md).
 
 What the cut to the target rank loses can be returned as a `tail`, and given to the next average
-as one more participant: nothing that a site learnt is lost for good.
+as one more participant: what the tail's rank holds is late and not lost.
 
 Clients of smaller rank hold the first slices (column i of B, row i of A) of the served adapter.
 Then each slice is to be weighted by the clients that have it: the plain mean counts the others as
