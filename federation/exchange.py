@@ -55,6 +55,8 @@ class Outgoing:
     """The adapter of the round before."""
     is_change: bool = False
     """Only a site that holds ``before`` can read the message."""
+    unsent: Update | None = None
+    """What rounding kept from the sites: the server's adapter less ``served``; None = nothing."""
 
 
 @dataclass(frozen=True)

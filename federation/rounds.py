@@ -31,7 +31,8 @@ from federation.exchange import Exchange, Outgoing, Received, RoundError
 from federation.header import LARGEST, holds_changes
 from federation.lineage import write_lineage
 from federation.run_directory import RunDirectory
-from federation.wire import open_update, write_message
+from federation.settings import SettingsError
+from federation.wire import Update, open_update, write_message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,7 +158,8 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     """Put on disk what the sites of a round are sent.
 
     What they train is what they can decode: after a downlink of few bits that is not quite the
-    adapter, and the difference is in the next round's change by itself.
+    adapter. The difference is kept and added to what becomes of the round, so that a number too
+    small for the steps of its block grows until it is sent (error feedback, as on the way up).
     """
     directory, dtype = run.directory, run.settings.wire.downlink
     adapter = _first_adapter(run) if server_round == 1 else directory.last_adapter()
@@ -173,7 +175,35 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     write_message(message, adapter, dtype=dtype, base_model=digest, reference=reference)
     decoded = open_update(message, reference=reference)
     write_message(path, decoded, dtype="float32", base_model=digest)
-    return Outgoing(open_update(path), message, before, is_change=reference is not None)
+    served = open_update(path)
+    unsent = path.with_suffix(".unsent")
+    write_message(unsent, _Unsent(adapter, served), dtype="float32", base_model=digest)
+    return Outgoing(
+        served, message, before, is_change=reference is not None, unsent=open_update(unsent)
+    )
+
+
+@dataclass(frozen=True)
+class _Unsent:
+    """An adapter less what was sent of it, a tensor at a time."""
+
+    adapter: Adapter
+    served: Update
+
+    @property
+    def rank(self) -> int:
+        return self.adapter.rank
+
+    @property
+    def alpha(self) -> float:
+        return self.adapter.alpha
+
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        return self.adapter.shapes()
+
+    def rows(self, module: str, factor: str, num_rows: int) -> Tensor:
+        rows_RC = self.adapter.rows(module, factor, num_rows)
+        return rows_RC - self.served.rows(module, factor, num_rows)
 
 
 def _first_adapter(run: _Run) -> Adapter:
@@ -187,6 +217,12 @@ def _first_adapter(run: _Run) -> Adapter:
         seed=settings.seed,
     )
     if settings.aggregation == "alternating":
+        name, shape = min(adapter.shapes().items(), key=lambda item: min(item[1]))
+        if adapter.rank > min(shape):
+            raise SettingsError(
+                f"adapter.rank is {adapter.rank} and {name} is {shape[0]} x {shape[1]}: "
+                f"alternating makes factors orthonormal, so expected a rank of at most {min(shape)}"
+            )
         modules = {name: orthonormalised(f, "A") for name, f in adapter.modules.items()}
         adapter = Adapter(adapter.rank, adapter.alpha, modules)
     run.log.write(
@@ -263,6 +299,9 @@ def _stepped(
         )
     else:
         state = {}
+    if outgoing.unsent is not None and outgoing.unsent.rank == len(factors.a_RI):
+        unsent = outgoing.unsent.read(module.name)
+        factors = LowRank(factors.b_OR + unsent.b_OR, factors.a_RI + unsent.a_RI)
     if run.settings.aggregation == "alternating":
         factors = orthonormalised(factors, trains)
     # The comparison is False for NaN. A round that is committed must be one that can be sent.

@@ -38,7 +38,7 @@ class AdapterSettings(Settings):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the served adapter; with an ``energy`` its rank in the first round."""
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
-    """LoRA scale numerator: the update is alpha / rank * B @ A. The wire refuses more."""
+    """LoRA scale numerator: the update is alpha / rank * B @ A. The wire format has this bound."""
     targets: Literal["all-linear", "attention"] = "all-linear"
     """Which projections get factors: all seven of a block, or q, k, v and o only."""
     energy: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -124,8 +124,8 @@ class FederationSettings(Settings):
     alternating: B and A are trained in turns, so that plain sums are exact. The others bear
     sites that lie: see ``robust``."""
     tail_rank: Annotated[int, Field(ge=0, le=1024)] = 32
-    """products only: rank of what the cut to ``adapter.rank`` loses and the next round gets back.
-    0 = it is lost."""
+    """products, the krums and geometric_median: largest rank of what the cut to ``adapter.rank``
+    loses and the next round gets back; beyond it, it is lost."""
     seed: Annotated[int, Field(ge=0)] = 0
     adapter: AdapterSettings = AdapterSettings()
     wire: WireSettings = WireSettings()

@@ -482,6 +482,32 @@ def test_a_run_over_few_bits_ends_near_the_exact_one(
         assert started[1].num_bytes < 0.3 * started[0].num_bytes
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_a_small_change_beside_a_large_one_is_not_rounded_away_on_the_way_down(
+    settings: Settings, tmp_path: Path, dtype: str
+) -> None:
+    """One row of B grows by 1 a round, the others by 0.004: about half a step of int8."""
+
+    def move(adapter: Adapter) -> Adapter:
+        modules = {}
+        for name, f in adapter.modules.items():
+            b_OR = f.b_OR + 0.004
+            b_OR[0] += 1
+            modules[name] = LowRank(b_OR, f.a_RI)
+        return Adapter(adapter.rank, adapter.alpha, modules)
+
+    (tmp_path / "s").mkdir()
+    sites = SimulatedSites(tmp_path / "s", dict.fromkeys("abc", move))
+    few = settings(num_rounds=12, aggregation="factors", wire={"downlink": dtype})
+    for factors in read_adapter(run(sites, few)).modules.values():
+        torch.testing.assert_close(
+            factors.b_OR[1:], torch.full_like(factors.b_OR[1:], 12 * 0.004), rtol=1e-3, atol=0
+        )
+        torch.testing.assert_close(
+            factors.b_OR[0], torch.full_like(factors.b_OR[0], 12 * 1.004), rtol=1e-5, atol=0
+        )
+
+
 def test_a_site_without_the_reference_gets_the_whole_adapter(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -765,6 +791,36 @@ def test_settings_that_contradict_each_other_are_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(SettingsError, match=sentence):
         settings(**change)
+
+
+def test_an_average_that_could_not_be_sent_is_not_committed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Finite, but beyond what a message holds: a resumed run could not get past it."""
+
+    def absurd(adapter: Adapter) -> Adapter:
+        modules = {
+            name: LowRank(torch.full_like(f.b_OR, 9e14), f.a_RI * 1e14)
+            for name, f in adapter.modules.items()
+        }
+        return Adapter(adapter.rank, adapter.alpha, modules)
+
+    sites = named_sites(tmp_path / "s")
+    sites.moves["c"] = lambda adapter: absurd(adapter) if len(sites.requests) == 2 else adapter
+    with pytest.raises(RoundError, match="round 2: the average holds .*expected at most 1e"):
+        run(sites, settings(num_rounds=3))
+    sites.moves["c"] = drift(2)
+    assert run(sites, settings(resume=settings().out)).name == "round-0003"
+
+
+def test_alternating_at_a_rank_beyond_a_module_is_refused_before_anything_is_sent(
+    settings: Settings, tmp_path: Path
+) -> None:
+    sites = named_sites(tmp_path / "s")
+    wide = settings(aggregation="alternating", adapter={"rank": 80, "alpha": 80.0})
+    with pytest.raises(SettingsError, match="adapter.rank is 80 .* a rank of at most"):
+        run(sites, wide)
+    assert not sites.requests
 
 
 def test_a_used_directory_is_refused_before_anything_is_sent(
