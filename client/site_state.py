@@ -12,9 +12,11 @@ directory: a residual never gets into another run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from federation.atomic import write_atomically
 from federation.errors import UserError
 from federation.wire import MissingReferenceError, Update, WireError, open_update, write_message
 
-MAX_RUNS = 2
-"""Runs whose state is kept: this one, and the one before it, which may be resumed."""
+KEPT_S = 30 * 24 * 3600
+"""Seconds for which the state of a run that asks no more is kept: it may be resumed."""
 
 
 class SiteStateError(UserError):
@@ -182,7 +184,7 @@ class SiteState:
         for path in self._directory.iterdir():
             if path.name not in named:
                 path.unlink()
-        others = [path for path in self._root.glob("run-*") if path != self._directory]
-        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in others[MAX_RUNS - 1 :]:
-            shutil.rmtree(path)
+        for path in self._root.glob("run-*"):
+            with contextlib.suppress(FileNotFoundError):  # another run may be removing it too
+                if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
+                    shutil.rmtree(path)

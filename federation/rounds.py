@@ -58,7 +58,8 @@ class _Run:
             kind=s.aggregation,
             rank=s.adapter.rank,
             alpha=s.adapter.alpha,
-            tail_rank=s.tail_rank,
+            # What a robust rule cut off may be what it was to keep out.
+            tail_rank=s.tail_rank if s.aggregation == "products" else 0,
             energy=s.adapter.energy,
             max_rank=s.adapter.max_rank,
             num_byzantine=s.robust.num_byzantine,

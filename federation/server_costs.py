@@ -56,21 +56,26 @@ class Machine:
 def server_disk(settings: FederationSettings, shapes: Shapes) -> dict[str, int]:
     """Return the bytes on the server's disk, by what they are.
 
-    ``updates`` are there for one round and then deleted. What stays: an adapter a round in
-    float32, the adapter that the sites hold as one message, the tail that the rank cut left
-    (products), and the moments of the server optimizer.
+    ``updates`` are there for one round and then deleted, and an adapter a round in float32 stays.
+    When a round is about to be committed, that of the round before is there too: twice what the
+    sites hold, as one message (with few bits down beside the message itself and what rounding kept
+    back), twice the tail that the rank cut left (products), twice the moments of the server
+    optimizer.
     """
     length = sum(o + i for o, i in shapes.values())
     adapter = 4 * largest_rank(settings) * length
     tail_rank = settings.tail_rank if settings.aggregation == "products" else 0
     num_moments = {"none": 0, "fedavgm": 1, "fedadam": 2}[settings.server_optimizer.kind]
     up = up_traffic(settings, shapes).all_sites
+    dtype, whole = settings.wire.downlink, planned_message(settings, shapes, "float32")
+    narrow = planned_message(settings, shapes, dtype) + whole if dtype != "float32" else 0
+    kept = 2 if settings.num_rounds > 1 else 1
     return {
         "updates": max(up.first, up.even) if settings.num_rounds > 1 else up.first,
         "adapters": settings.num_rounds * adapter,
-        "served": planned_message(settings, shapes, "float32"),
-        "tail": 4 * tail_rank * length,
-        "moments": num_moments * adapter,
+        "served": kept * (whole + narrow),
+        "tail": kept * 4 * tail_rank * length,
+        "moments": kept * num_moments * adapter,
     }
 
 

@@ -124,8 +124,8 @@ class FederationSettings(Settings):
     alternating: B and A are trained in turns, so that plain sums are exact. The others bear
     sites that lie: see ``robust``."""
     tail_rank: Annotated[int, Field(ge=0, le=1024)] = 32
-    """products, the krums and geometric_median: largest rank of what the cut to ``adapter.rank``
-    loses and the next round gets back; beyond it, it is lost."""
+    """products only: largest rank of what the cut to ``adapter.rank`` loses and the next round gets
+    back; beyond it, it is lost."""
     seed: Annotated[int, Field(ge=0)] = 0
     adapter: AdapterSettings = AdapterSettings()
     wire: WireSettings = WireSettings()

@@ -37,17 +37,6 @@ bound otherwise (nu of arXiv:1912.13445, there absolute). The rounding of a root
 the spread, lies well below it."""
 
 
-def product_gram(factors: Sequence[LowRank]) -> Tensor:
-    """Return the [N, N] inner products <B_i A_i, B_j A_j>: `changes_gram` from nothing.
-
-    Raises:
-        AggregationError: There are no factors, O or I differ, or a value is not finite.
-    """
-    _refuse_unlike(factors)
-    first = factors[0]
-    return changes_gram(LowRank(first.b_OR[:, :0], first.a_RI[:0]), factors)
-
-
 def changes_gram(origin: LowRank, factors: Sequence[LowRank]) -> Tensor:
     """Return the inner products <D_i, D_j> of what the sites changed in one module.
 
@@ -195,7 +184,7 @@ def krum_scores(gram_NN: Tensor, num_byzantine: int) -> list[float]:
     drop the site itself.
 
     Args:
-        gram_NN: `changes_gram` or `product_gram`, summed over the modules.
+        gram_NN: `changes_gram`, summed over the modules.
         num_byzantine: f, liars to bear, >= 0.
 
     Raises:
@@ -231,7 +220,7 @@ def multi_krum_weights(
     told otherwise.
 
     Args:
-        gram_NN: `changes_gram` or `product_gram`, summed over the modules.
+        gram_NN: `changes_gram`, summed over the modules.
         num_byzantine: f, liars to bear, >= 0.
         num_selected: How many are averaged, in [1, N]; N - f by default, as many as are honest.
 
@@ -258,7 +247,7 @@ def geometric_median_weights(
     of iterations. Of two sites every point between is a median: they get a half each.
 
     Args:
-        gram_NN: `changes_gram` or `product_gram`, summed over the modules.
+        gram_NN: `changes_gram`, summed over the modules.
         iterations: At most so many.
         tolerance: Stop when no weight moves by more.
     """

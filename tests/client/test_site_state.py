@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,8 +80,11 @@ def test_old_adapters_residuals_and_runs_go(tmp_path: Path) -> None:
     (root / "mine").mkdir()
     for run in ("bb", "cc"):
         SiteState(root, run).keep(1, held, residual=None, is_reference=False)
-    assert len(list(root.glob("run-*"))) == 2
-    assert (root / "run-cc").is_dir()
+    assert len(list(root.glob("run-*"))) == 3, "runs side by side do not remove each other's state"
+    long_ago = time.time() - 31 * 24 * 3600
+    os.utime(root / "run-bb", (long_ago, long_ago))
+    SiteState(root, "cc").keep(2, held, residual=None, is_reference=False)
+    assert {path.name for path in root.glob("run-*")} == {"run-aa", "run-cc"}
     assert (root / "mine").is_dir()
 
 

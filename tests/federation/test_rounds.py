@@ -223,7 +223,7 @@ def swell(header: dict[str, object], tensors: bytearray) -> None:
         (say(train_loss=float("nan")), "not a number up to"),
         (say(train_loss=1.7e308), "not a number up to"),
         (say(seconds=float("inf")), "not a number up to"),
-        (forge(control_codes), "expected a sha256 in hex"),
+        (forge(control_codes), "expected a digest in hex"),
         (forge(swell), "the whole adapter that was sent"),
     ],
 )
@@ -807,7 +807,7 @@ def test_an_average_that_could_not_be_sent_is_not_committed(
 
     sites = named_sites(tmp_path / "s")
     sites.moves["c"] = lambda adapter: absurd(adapter) if len(sites.requests) == 2 else adapter
-    with pytest.raises(RoundError, match="round 2: the average holds .*expected at most 1e"):
+    with pytest.raises(RoundError, match="round 2: model.layers.0.mlp.down_proj of the average holds .*beyond 1e"):
         run(sites, settings(num_rounds=3))
     sites.moves["c"] = drift(2)
     assert run(sites, settings(resume=settings().out)).name == "round-0003"
