@@ -48,7 +48,7 @@ def prepare(messages: Path) -> None:
 
 
 def answer(messages: Path, device: Path, server_round: int, kind: str = "") -> bytes:
-    """Answer a round as client.client_app does, with a step in place of the training."""
+    """Answer a round as client.round does, with a step in place of the training."""
     state = SiteState(device, RUN)
     path = messages / f"{server_round}{kind}"
     reference = reference_of(path)

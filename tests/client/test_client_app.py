@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import client_app
+from client.round import resident_model
 from federation.adapter import Adapter, initial_adapter
 from federation.base_model import model_digest
 from federation.wire import REFERENCE_MISSING, Update, content_digest, encode, open_update
@@ -191,7 +192,7 @@ def test_the_base_is_loaded_once_whatever_the_ranks(
         return load(directory, dtype)
 
     monkeypatch.setattr(model, "load_model", counted)
-    client_app._resident_model.cache_clear()
+    resident_model.cache_clear()
     small = Server(tiny_model, tmp_path / "small", {"rank": 2})
     large = Server(tiny_model, tmp_path / "large", {})
     alternating = [update_of(s.ask(1, s.whole())) for s in (small, large, small, large)]

@@ -1,0 +1,176 @@
+"""A site's answer to one round: from the message that came to the update that goes.
+
+Who carries the two is somebody else's business: `client_app` has a Flower message around them, a
+benchmark calls `answer_round` itself. The base, its digest and the tokenised records stay in memory
+for the next round of the same process. Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from client.settings import TrainingSettings
+from client.site import Site
+from client.site_state import SiteState
+from federation.adapter import Adapter, read_from_model, train_only, write_into_model
+from federation.base_model import ModelError, model_digest
+from federation.header import holds_changes
+from federation.wire import Update, encode, open_update, reference_of
+
+if TYPE_CHECKING:
+    from client.batches import Example
+    from client.model import ResidentModel
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """What a round asks of a site, beside the adapter and the training settings."""
+
+    server_round: int
+    uplink: str = "float32"
+    """Number format of the update."""
+    downlink: str = "float32"
+    """Number format of the adapters that are sent: says whether the next may be a change."""
+    trains: str = "AB"
+    """Factors that learn; the others are frozen and not sent back."""
+    run: str = ""
+    """Random id of the run, in hex."""
+
+    @property
+    def leaves_state(self) -> bool:
+        """Whether the site must keep something for the rounds that follow."""
+        return holds_changes(self.uplink) or holds_changes(self.downlink)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What leaves the site."""
+
+    update: bytes
+    num_examples: int
+    """Records that the site trains on: what its update weighs."""
+    train_loss: float
+    """Mean over the round's steps, nats."""
+
+
+def answer_round(
+    message: Path, site: Site, settings: TrainingSettings, request: RoundRequest, *, scratch: Path
+) -> Answer:
+    """Train the adapter of a message on the site's records.
+
+    What the next round needs is on the site's disk when this returns.
+
+    Args:
+        message: The adapter or its change, as it came.
+        site: Whose records, model and state.
+        settings: Of the training.
+        request: What else the round asks.
+        scratch: Directory for files that may go when this returns.
+
+    Raises:
+        MissingReferenceError: The site does not hold what the message is a change of.
+        FedgeError: Message, model, data or state are not what they have to be, or the training
+            went astray.
+    """
+    from client.training import draw_batches, train
+
+    received = _open_received(message, site, request)
+    adapter = received.adapter()
+    if site.rank is not None:
+        adapter = adapter.first_slices(site.rank)
+    model = resident_model(site.base_model, settings.dtype).laid_out_for(adapter)
+    write_into_model(model, adapter)
+    train_only(model, request.trains)
+    examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens)
+    steps = train(
+        model,
+        draw_batches(examples, settings, stretch=request.server_round - 1),
+        settings,
+        pad_id=pad_id,
+    )
+    trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
+    update = _encode_reply(trained, received, site, request, scratch)
+    return Answer(update, len(examples), sum(step.loss for step in steps) / len(steps))
+
+
+def _open_received(path: Path, site: Site, request: RoundRequest) -> Update:
+    """Check what the server sent; a change is opened on the adapter that this site kept.
+
+    Raises:
+        MissingReferenceError: The site does not hold what the message is a change of.
+        ModelError: The run trains another base model.
+    """
+    reference = reference_of(path)
+    held = SiteState(site.state, request.run).open_adapter(reference) if reference else None
+    received = open_update(path, reference=held)
+    digest = _digest(site.base_model)
+    if received.base_model != digest:
+        raise ModelError(
+            f"the run trains base model {received.base_model[:16]}…, this site holds "
+            f"{digest[:16]}…: install the run's base model"
+        )
+    return received
+
+
+def _encode_reply(
+    trained: Adapter, received: Update, site: Site, request: RoundRequest, scratch: Path
+) -> bytes:
+    """Return the update as the round wants it; what the next round needs is on disk then."""
+    state = SiteState(site.state, request.run) if request.leaves_state else None
+    residual = None
+    if state is not None and holds_changes(request.uplink):
+        from client.feedback import encode_with_feedback
+
+        update, residual = encode_with_feedback(
+            trained,
+            state.residual(request.server_round, received, trained),
+            received,
+            dtype=request.uplink,
+            factors=request.trains,
+            scratch=scratch,
+        )
+    else:
+        update = encode(
+            trained,
+            dtype=request.uplink,
+            base_model=received.base_model,
+            reference=received,
+            factors=request.trains,
+        )
+    if state is not None:
+        state.keep(
+            request.server_round,
+            received,
+            residual=residual,
+            is_reference=holds_changes(request.downlink),
+        )
+    return update
+
+
+@lru_cache(maxsize=1)
+def _digest(base_model: Path) -> str:
+    return model_digest(base_model)
+
+
+@lru_cache(maxsize=1)
+def resident_model(base_model: Path, dtype: str) -> ResidentModel:
+    """Load the base once a process."""
+    from client.model import ResidentModel, load_model
+
+    return ResidentModel(load_model(base_model, dtype))
+
+
+@lru_cache(maxsize=8)
+def _examples(base_model: Path, data: Path, max_tokens: int) -> tuple[list[Example], int]:
+    """Read, clean and tokenise a site's records once a process."""
+    from client.batches import encode_records
+    from client.cleaning import clean
+    from client.model import load_tokenizer, padding_id
+    from client.records import read_records
+
+    tokenizer = load_tokenizer(base_model)
+    records = clean(read_records(data)).kept
+    return encode_records(records, tokenizer, max_tokens), padding_id(tokenizer)
