@@ -12,7 +12,13 @@ from typing import Any, Literal, get_args
 from federation.adapter import TARGETS
 from federation.base_model import projection_shapes
 from federation.header import holds_changes
-from federation.server_costs import Machine, aggregation_seconds, server_disk, server_memory
+from federation.server_costs import (
+    Machine,
+    aggregation_seconds,
+    peak_memory,
+    server_disk,
+    server_memory,
+)
 from federation.settings import Dtype, FederationSettings, needed_updates
 from federation.traffic import (
     Shapes,
@@ -111,6 +117,7 @@ class Plan:
     up: Traffic
     disk_bytes: dict[str, int]
     memory_bytes: dict[str, int]
+    """Above the torch import, while it does what; the peak is the larger."""
     aggregation_s: float
     """One round, one core."""
     privacy: str
@@ -205,7 +212,7 @@ def _aggregation_cost(
         up_bytes=_up_bytes(settings, shapes),
         run_bytes=_run_bytes(settings, shapes),
         aggregation_s=aggregation_seconds(settings, shapes, machine),
-        memory_bytes=sum(server_memory(settings, shapes).values()),
+        memory_bytes=peak_memory(settings, shapes),
         is_exact=trait.is_exact,
         is_sum=trait.is_sum,
         mixed_ranks=trait.mixed_ranks,

@@ -146,9 +146,9 @@ def pause_s(waited_s: float, look_s: float) -> float:
     """Return how long to leave the SuperLink alone after a look that found no reply.
 
     Asking every 0.05 s would keep the SuperLink busy for as long as the sites train. 3 % of the
-    time waited so far, 1 s at most, costs no round anything with stock SuperNodes: they sleep 3 s
-    after a reply of their own before they ask for the next message. Where there are many sites,
-    looking itself takes at most a fifth of the time.
+    time waited so far, 1 s at most, is little beside that, and beside the 3 s for which a stock
+    SuperNode sleeps after a reply of its own. Where there are many sites, a look costs a call a
+    site: four times as long as it took is left between two looks, up to 5 s.
 
     Args:
         waited_s: Since the last request went out.

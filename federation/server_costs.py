@@ -1,8 +1,8 @@
 """What a round asks of the server: disk, memory and seconds, from settings and shapes alone.
 
-Disk is exact but for the small files. Memory is a sum of named parts, above what importing torch
-takes. Seconds are the arithmetic of one averaging divided by measured speeds of one core
-(`Machine`): an order of size, not a promise.
+Disk is exact but for the small files. Memory is the larger of two sums of named parts, above what
+importing torch takes. Seconds are the arithmetic of one averaging divided by measured speeds of
+one core (`Machine`): an order of size, not a promise.
 
 Letters: O out features, I in features, R rank of one site, S sum of the ranks of all sites.
 """
@@ -19,9 +19,8 @@ from federation.traffic import (
     up_traffic,
 )
 
-MESSAGE_COPIES = 1.0
-"""Copies of a message that are in memory while it is sent or received; `benchmarks.rounds`
-measures the peak that this is held against."""
+_FLOWER_BYTES = 38_000_000
+"""What importing Flower takes: `flwr_import_bytes` of `python -m benchmarks.rounds`."""
 _SQUARES = 8
 """float64 matrices of S x S that the averaging of one module holds."""
 _SLAB = 4096
@@ -80,16 +79,17 @@ def server_disk(settings: FederationSettings, shapes: Shapes) -> dict[str, int]:
 
 
 def server_memory(settings: FederationSettings, shapes: Shapes) -> dict[str, int]:
-    """Return the bytes of the server's peak above the torch import, by what they are.
+    """Return what the server holds above the torch import, in bytes, while it does what.
 
-    - ``broadcast``: the message of a round. With int8 or int4 the first one is whole, in float32;
-      later ones stand beside it where a round asks a fraction of the sites.
-    - ``reply``: one; the others are on disk already.
-    - ``average``: 4 R sum(O + I), the next adapter in float32.
-    - ``module``: of the largest module, 4 (S + R)(O + I) for the factors of all sites and the
+    The two follow each other, so the peak is the larger one (`peak_memory`).
+
+    - ``exchange``: the message of a round and one reply; the others are on disk already. With int8
+      or int4 the first message is whole, in float32; later ones stand beside it where a round asks
+      a fraction of the sites. And what importing Flower takes.
+    - ``averaging``: one module, the largest: 4 (S + R)(O + I) for the factors of all sites and the
       result. S has the tail in it (products), or the adapter that was sent where changes are
       compared. These also hold eight float64 matrices of S x S; comparing and sorting take a
-      float64 slab of S x 4096.
+      float64 slab of S x 4096. The adapter itself goes to disk module by module.
     """
     rank, asked, wire = largest_rank(settings), num_asked(settings), settings.wire
     broadcast = planned_message(settings, shapes, wire.downlink)
@@ -104,11 +104,14 @@ def server_memory(settings: FederationSettings, shapes: Shapes) -> dict[str, int
     squares = _SQUARES * stacked**2 if has_gram else 0
     slab = _SLAB * stacked if kind in (*IN_PRODUCT_SPACE, *IN_COORDINATES) else 0
     return {
-        "broadcast": round(MESSAGE_COPIES * broadcast),
-        "reply": round(MESSAGE_COPIES * max(up.first, up.even)),
-        "average": 4 * rank * sum(o + i for o, i in shapes.values()),
-        "module": 4 * (stacked + rank) * longest + 8 * (squares + slab),
+        "exchange": _FLOWER_BYTES + broadcast + max(up.first, up.even),
+        "averaging": _FLOWER_BYTES + 4 * (stacked + rank) * longest + 8 * (squares + slab),
     }
+
+
+def peak_memory(settings: FederationSettings, shapes: Shapes) -> int:
+    """Return the server's peak above the torch import, in bytes."""
+    return max(server_memory(settings, shapes).values())
 
 
 def _stacked_rank(settings: FederationSettings) -> int:

@@ -52,7 +52,7 @@ def _run_table(plan: Plan) -> Table:
     table.add_section()
     disk, memory = plan.disk_bytes, plan.memory_bytes
     table.add_row("server disk", _mb(sum(disk.values())), f"MB: {_parts(disk)}")
-    table.add_row("server memory", _mb(sum(memory.values())), f"above torch; MB: {_parts(memory)}")
+    table.add_row("server memory", _mb(max(memory.values())), f"above torch; MB: {_parts(memory)}")
     table.add_row("averaging, a round", f"{plan.aggregation_s:.2f} s", "one core")
     return table
 

@@ -807,9 +807,7 @@ def test_an_average_that_could_not_be_sent_is_not_committed(
 
     sites = named_sites(tmp_path / "s")
     sites.moves["c"] = lambda adapter: absurd(adapter) if len(sites.requests) == 2 else adapter
-    with pytest.raises(
-        RoundError, match="down_proj of the average holds .*beyond 1e"
-    ):
+    with pytest.raises(RoundError, match="down_proj of the average holds .*beyond 1e"):
         run(sites, settings(num_rounds=3))
     sites.moves["c"] = drift(2)
     assert run(sites, settings(resume=settings().out)).name == "round-0003"
