@@ -232,3 +232,20 @@ def test_the_superlink_is_not_kept_busy_by_being_asked(
     waited_s: float, look_s: float, expected_s: float
 ) -> None:
     assert server_app.pause_s(waited_s, look_s) == pytest.approx(expected_s)
+
+
+def test_a_simulation_resumes_with_nothing_but_its_directory(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    short = {"quorum": 2, "round_attempts": 1, "round_timeout_s": 1.0}
+    grid = LocalGrid(partitions(2), run_config | short)
+    first_round = iter([True, True])
+    grid.spoil = lambda message: [message] if next(first_round, False) else []
+    with pytest.raises(SystemExit):
+        server_app.main(grid, grid.server_context)
+    assert summarise(tmp_path / "run" / "events.jsonl")["rounds_done"] == 1
+    bare = {"resume": str(tmp_path / "run"), "base_model": "", "out": "", "simulated_sites": ""}
+    again = LocalGrid(partitions(2), bare)
+    server_app.main(again, again.server_context)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert (summary["state"], summary["rounds_done"], summary["resumed"]) == ("finished", 3, 1)
