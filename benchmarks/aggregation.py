@@ -32,7 +32,6 @@ from benchmarks.geometry import (
     GEOMETRIES,
     RANK,
     num_examples,
-    site_adapter,
     write_updates,
 )
 from benchmarks.peers.environment import nvflare_python
@@ -104,15 +103,16 @@ def repeated(work: Callable[[], object], repeats: int) -> float:
     return min(cpu_seconds(work) for _ in range(repeats))
 
 
-def measure_exact(spool: Path, geometry: str, repeats: int) -> dict[str, Any]:
+def measure_exact(spool: Path, repeats: int) -> dict[str, Any]:
     floor = bytes_after_torch_import()
     updates = spooled(spool)
     total = repeated(lambda: exhaust(average(updates)), repeats)
     extra_peak_bytes = peak() - floor
     read = repeated(lambda: read_only(updates), repeats)
     # Not the tail of these very updates: it would lie in the span of their rows, where the tail of
-    # a round before does not, and the average would take its slow way for dependent rows.
-    tails = site_adapter(GEOMETRIES[geometry], len(updates) + 1, rank=TAIL_RANK).modules
+    # a round before, of other drifts from the same start, does not.
+    before = spooled(spool.with_name("before"))
+    tails = {m.name: m.tail for m in average(before, tail_rank=TAIL_RANK) if m.tail is not None}
     with_tail = repeated(
         lambda: exhaust(average(updates, tail_rank=TAIL_RANK, tails=tails)), repeats
     )
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--spool", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure == "exact":
-        print(json.dumps(measure_exact(asked.spool, asked.geometry, asked.repeats)))
+        print(json.dumps(measure_exact(asked.spool, asked.repeats)))
     elif asked.measure == "flwr":
         print(json.dumps(measure_flwr(asked.spool, asked.repeats)))
     elif asked.measure == "residual":
@@ -200,6 +200,8 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
         spool, small = Path(directory) / "spool", Path(directory) / "small"
         write_updates(spool, geometry, asked.sites, drift=asked.drift)
         write_updates(small, geometry, asked.sites, drift=asked.drift, modules=[K_PROJ])
+        before = Path(directory) / "before"  # four sites: enough for a tail of full rank
+        write_updates(before, geometry, 4, drift=asked.drift, first_seed=1001)
         common = ("--spool", spool, "--repeats", asked.repeats)
         itself = ("benchmarks.aggregation", "--geometry", asked.geometry)
         results = {name: child(*itself, "--measure", name, *common) for name in ("exact", "flwr")}

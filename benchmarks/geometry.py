@@ -100,6 +100,7 @@ def write_updates(
     *,
     drift: float = DRIFT,
     modules: Collection[str] | None = None,
+    first_seed: int = 1,
 ) -> None:
     """Write the float32 message of each site as a server spools it; one adapter is held at a time.
 
@@ -109,12 +110,13 @@ def write_updates(
         sites: Number of messages.
         drift: As in `site_adapter`.
         modules: Only these of the model's modules. None = all.
+        first_seed: Of the first site's own part; the others' follow.
     """
     from federation.wire import encode
 
     directory.mkdir(parents=True, exist_ok=True)
     for site in range(sites):
-        adapter = site_adapter(geometry, site + 1, drift=drift, modules=modules)
+        adapter = site_adapter(geometry, first_seed + site, drift=drift, modules=modules)
         message = encode(adapter, dtype="float32", base_model="benchmark")
         (directory / f"{site:04d}").write_bytes(message)
 

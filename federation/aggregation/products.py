@@ -354,7 +354,7 @@ def cut(stack: Stack, spectrum: Spectrum, rank: int, tail_rank: int = 0) -> Aver
     mean_rows_RS = _bounded(stack.mean_rows_RS[:num_means], spectrum.rows_SP.norm(dim=1))
     mean_a_RP[:num_means] = mean_rows_RS @ spectrum.rows_SP
     axes_PR = _complete_basis(vectors_PQ[:, :kept], mean_a_RP, rank)
-    gauge_RR, condition = _propped_up(mean_a_RP @ axes_PR, num_means)
+    gauge_RR, inverse_RR, condition = _propped_up(mean_a_RP @ axes_PR, num_means)
     # B is divided by the gauge: what float32 products round grows with its condition number.
     is_wide = spectrum.is_wide or condition > _NARROW_GAUGE_CONDITION
 
@@ -363,7 +363,7 @@ def cut(stack: Stack, spectrum: Spectrum, rank: int, tail_rank: int = 0) -> Aver
     lost = min(tail_rank, len(values_Q) - kept)
     left_SQ = stack.weights_S[:, None] * (spectrum.rows_SP @ vectors_PQ[:, : kept + lost])
     roots_T = values_Q[kept : kept + lost].sqrt()
-    b_weights_SR = left_SQ[:, :kept] @ torch.linalg.pinv(gauge_RR)[:kept]
+    b_weights_SR = left_SQ[:, :kept] @ inverse_RR[:kept]
     b_weights_SR = torch.cat([b_weights_SR, left_SQ[:, kept:] / roots_T], dim=1)
     a_weights_RP = torch.cat(
         [gauge_RR @ axes_PR.mT, (vectors_PQ[:, kept : kept + lost] * roots_T).mT]
@@ -455,8 +455,8 @@ def _complete_basis(kept_PQ: Tensor, mean_a_RP: Tensor, rank: int) -> Tensor:
     return torch.cat([kept_PQ, basis_PR[:, kept_PQ.shape[1] : kept_PQ.shape[1] + missing]], dim=1)
 
 
-def _propped_up(gauge_RR: Tensor, num_means: int) -> tuple[Tensor, float]:
-    """Make the gauge safe to divide by; return it and its condition number.
+def _propped_up(gauge_RR: Tensor, num_means: int) -> tuple[Tensor, Tensor, float]:
+    """Make the gauge safe to divide by; return it, its (pseudo-)inverse and its condition number.
 
     The rows beyond the mean A's (the rank grew) take the directions that are left, at the mean
     A's own scale; then the condition number is bounded from below.
@@ -464,7 +464,7 @@ def _propped_up(gauge_RR: Tensor, num_means: int) -> tuple[Tensor, float]:
     import torch
 
     if not gauge_RR.shape[1]:
-        return gauge_RR, 1.0
+        return gauge_RR, gauge_RR.mT, 1.0
     if num_means < min(gauge_RR.shape):
         _, s, vh = torch.linalg.svd(gauge_RR[:num_means], full_matrices=True)
         count = min(gauge_RR.shape) - num_means
@@ -472,4 +472,4 @@ def _propped_up(gauge_RR: Tensor, num_means: int) -> tuple[Tensor, float]:
         gauge_RR[num_means : num_means + count] = s.mean() * vh[num_means : num_means + count]
     x, s, yh = torch.linalg.svd(gauge_RR, full_matrices=False)
     s = s.clamp_min((float(s[0]) or 1.0) / _MAX_GAUGE_CONDITION)
-    return (x * s) @ yh, float(s[0] / s[-1])
+    return (x * s) @ yh, (yh.mT / s) @ x.mT, float(s[0] / s[-1])
