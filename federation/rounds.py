@@ -134,6 +134,7 @@ def _round(run: _Run, server_round: int) -> None:
     outgoing = _serve(run, server_round)
     release_free_memory()
     received = run.exchange.gather(server_round, outgoing, run.trains(server_round))
+    release_free_memory()
     fold_started = run.clock()
     folded = _fold(run, server_round, outgoing, received)
     fold_seconds = run.clock() - fold_started

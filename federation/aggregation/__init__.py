@@ -219,7 +219,7 @@ class _Walk:
         self.origin = origin
         self.names = origin.modules
         self._shapes = origin.shapes()
-        self._buffers: dict[str, Tensor] = {}
+        self._buffer: Tensor | None = None
         self._weights: dict[int, tuple[Tensor, Tensor, bool]] = {}
 
     def gram_of_changes(self) -> Tensor:
@@ -257,8 +257,7 @@ class _Walk:
         if needs_origin:
             parts.append(self.origin)
         out_features, in_features = self._shapes[name]
-        b_SO = self._buffer("b", len(weights_S), out_features)
-        a_SI = self._buffer("a", len(weights_S), in_features)
+        b_SO, a_SI = self._rows(len(weights_S), out_features, in_features)
         start = 0
         for part in parts:
             rows = slice(start, start + part.rank)
@@ -269,16 +268,18 @@ class _Walk:
         reference_S = take_differences(a_SI, [part.rank for part in parts])
         return Stack(b_SO, a_SI, reference_S, weights_S, mean_RS)
 
-    def _buffer(self, kind: str, rows: int, columns: int) -> Tensor:
-        """Return uninitialised float32 rows in a buffer that grows to the largest module."""
+    def _rows(self, count: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return uninitialised float32 rows for both factors, of one buffer for all modules."""
         import torch
 
-        buffer = self._buffers.get(kind)
-        if buffer is None or buffer.numel() < rows * columns:
-            del buffer
-            self._buffers.pop(kind, None)
-            buffer = self._buffers[kind] = torch.empty(rows * columns)
-        return buffer[: rows * columns].view(rows, columns)
+        if self._buffer is None or len(self._buffer) < count * (out_features + in_features):
+            self._buffer = None  # the old one goes before the new one comes
+            widest = max(out + inn for out, inn in self._shapes.values())
+            self._buffer = torch.empty(count * widest)
+        b_length, a_length = count * out_features, count * in_features
+        b_SO = self._buffer[:b_length].view(count, out_features)
+        a_SI = self._buffer[b_length : b_length + a_length].view(count, in_features)
+        return b_SO, a_SI
 
 
 __all__ = [

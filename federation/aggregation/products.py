@@ -281,13 +281,15 @@ def _decompose_narrow(stack: Stack) -> Spectrum | None:
     """Decompose by Cholesky and one symmetric eigenproblem; None where digits would be lost."""
     import torch
 
-    gram_a_SS, norms_S = _normalised(gram(stack.a_SI, wide=False))
-    factor_SS, info = torch.linalg.cholesky_ex(gram_a_SS)
+    unit_SS, norms_S = _normalised(gram(stack.a_SI, wide=False))
+    factor_SS, info = torch.linalg.cholesky_ex(unit_SS)
+    del unit_SS  # with 64 sites each of these takes 8 MB
     if info or not (factor_SS.diagonal().square() >= _LEAST_PIVOT).all():
         return None
     rows_SP = stack.undo_differences(norms_S[:, None] * factor_SS)
     left_SP = stack.weights_S[:, None] * rows_SP
     squares_PP = left_SP.mT @ gram(stack.b_SO, wide=False) @ left_SP
+    del left_SP
     if not squares_PP.isfinite().all():
         return None
     squares_Q, vectors_PQ = torch.linalg.eigh(squares_PP)
