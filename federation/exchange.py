@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from federation import events
 from federation.errors import FedgeError
+from federation.rebased import RebasedUpdate
 from federation.sites import Reply, Request, Sites
 from federation.traffic import num_asked
-from federation.update import Readable, RebasedUpdate
+from federation.update import Readable
 from federation.wire import Update, WireError, open_update
 
 if TYPE_CHECKING:

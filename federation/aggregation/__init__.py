@@ -20,15 +20,8 @@ from federation.aggregation import robust
 from federation.aggregation.alternating import average_factor
 from federation.aggregation.errors import AggregationError
 from federation.aggregation.factors import average_factors
-from federation.aggregation.products import (
-    Average,
-    Stack,
-    average_products,
-    cut,
-    slice_weights_with_origin,
-    spectrum,
-    take_differences,
-)
+from federation.aggregation.products import Average, average_products, cut, spectrum
+from federation.aggregation.stack import Stack, slice_weights_with_origin, take_differences
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from federation.adapter import LowRank
 from federation.aggregation.errors import normalised_weights
-from federation.aggregation.products import slice_weights
+from federation.aggregation.stack import slice_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
