@@ -22,6 +22,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from federation import blocks
@@ -185,7 +186,7 @@ def read_head(read: Callable[[int], bytes], size: int) -> Header:
         raise WireError(f"the update's header claims {length} bytes of a message of {size}")
     raw = read(length)
     try:
-        header = _lay_out(prefix + raw, json.loads(raw))
+        header = _parsed(prefix + raw)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         detail = str(error)[:200] or type(error).__name__
         raise WireError(f"the update's header is not readable: {detail}") from None
@@ -197,6 +198,12 @@ def read_head(read: Callable[[int], bytes], size: int) -> Header:
             f"{header.payload_bytes}: it was cut off or altered"
         )
     return header
+
+
+@lru_cache(maxsize=2)
+def _parsed(raw: bytes) -> Header:
+    """Parse a header; all sites of a round send the same one, and share what it says in memory."""
+    return _lay_out(raw, json.loads(raw[PREFIX.size :]))
 
 
 def _lay_out(raw: bytes, header: dict[str, Any]) -> Header:
