@@ -43,7 +43,7 @@ LARGEST = 1e15
 MAX_ALPHA = 1e6
 _MAX_COLUMNS = 1 << 24
 _MAX_HEADER_BYTES = 1 << 20
-"""A 70B model's is 70 kB; parsed JSON takes some thirty times its length in memory."""
+"""Far more than any model's modules need; parsed JSON takes many times its length in memory."""
 _NAME = re.compile(r"[\w.-]{0,256}", re.ASCII)
 """Of a module and of a base model: both stand in logs, and the other side chooses them."""
 _REFERENCE = {True: re.compile("[0-9a-f]{64}"), False: re.compile("")}

@@ -122,7 +122,7 @@ class Plan:
     """One round, one core."""
     privacy: str
     notes: list[str]
-    """What the settings do not allow, or what a figure leaves out."""
+    """What a figure leaves out."""
     aggregations: list[AggregationCost]
     wires: list[WireCost]
 

@@ -289,11 +289,8 @@ def _stepped(
     Raises:
         RoundError: A number could not be sent on in the next round.
     """
-    factors, trains, optimizer = (
-        module.factors,
-        run.trains(server_round),
-        run.settings.server_optimizer,
-    )
+    factors, trains = module.factors, run.trains(server_round)
+    optimizer = run.settings.server_optimizer
     if optimizer.kind != "none":
         origin = outgoing.served.read(module.name)
         factors, state = server_step(
