@@ -10,25 +10,26 @@ What differs: our loop asks for replies at its own pace, and FLWR_SUPEREXEC_TASK
     python -m benchmarks.deployment [--rounds 11]
 
 prints one JSON line. Rounds are timed from the end of one to the end of the next, so the first is
-not in; medians with the smallest and the largest. ``floor_s`` is derived, not measured: a stock
-SuperNode that has just replied sleeps 3.0 s (flwr 1.41 start_client_internal.py:263), pulls its
-message (0.1 s), starts a Python process for it (about 1.4 s of imports), looks for the reply every
-0.5 s, and uploads it (0.2 s): 4.5 to 5 s on the reference machine. ``floor_here_s`` is the same
-sum with the imports timed now, two at once as two sites on one machine do it.
+not in; the mean is what a run of many rounds costs a round, the median, smallest and largest say
+how it scatters (a SuperNode looks for work every 3 s, and two of them drift apart and together).
+
+``floor_round_s`` is what stock SuperNodes leave to any server: on the same deployment, a ServerApp
+that pushes bytes, asks for the replies every 0.02 s and pushes again, and does nothing else.
+``floor_s`` is derived, not measured: a stock SuperNode that has just replied sleeps 3.0 s (flwr
+1.41 start_client_internal.py:263), pulls its message (0.1 s), starts a Python process for it (about
+1.4 s of imports), looks for the reply every 0.5 s, and uploads it (0.2 s): 4.5 to 5 s on the
+reference machine.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import shutil
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,8 +45,6 @@ from topology import CONNECTION, Deployment, Site, deployment  # noqa: E402
 
 SITES = (Site("a", ""), Site("b", ""))
 FLOOR_S = 5.0
-IDLE_S, PULL_S, REPLY_POLL_S, UPLOAD_S = 3.0, 0.1, 0.5, 0.2
-"""Parts of the floor that do not depend on how fast the machine starts Python."""
 
 OUR_CLIENT = """
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
@@ -103,6 +102,36 @@ def main(grid, context):
     )
 """
 
+FLOOR_SERVER = """
+import pathlib
+import time
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+
+from federation.server_app import ADAPTER, _byte_array
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    payload = pathlib.Path(context.run_config["base_model"])
+    record = ArrayRecord({ADAPTER: _byte_array(payload)})
+    while len(nodes := list(grid.get_node_ids())) < context.run_config["num_sites"]:
+        time.sleep(0.1)
+    for _ in range(context.run_config["num_rounds"]):
+        content = RecordDict({ADAPTER: record})
+        messages = [Message(content, message_type="train", dst_node_id=node) for node in nodes]
+        waiting = set(grid.push_messages(messages))
+        while waiting:
+            time.sleep(0.02)
+            replies = grid.pull_messages(list(waiting))
+            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+        with open(context.run_config["out"], "a") as file:
+            file.write(f"{time.time()}\\n")
+"""
+
 
 def main() -> None:
     """Measure and print."""
@@ -116,21 +145,19 @@ def main() -> None:
         base = write_base_model(scratch / "base")
         with deployment(scratch / "ours", SITES, console) as made:
             ours, payload = run_ours(made, scratch, base, rounds)
+            floor = run_floor(made, scratch, rounds, payload)
         with deployment(scratch / "stock", SITES, console, site_switches={}) as made:
             stock = run_stock(made, scratch, rounds, payload)
-        import_s = import_seconds(len(SITES))
     figures = {
         "benchmark": "deployment",
         "sites": len(SITES),
         "payload_bytes": payload,
         "num_rounds": len(ours),
+        "of_mean_floor": round(statistics.mean(ours) / statistics.mean(floor), 3),
         **spread("round", ours),
         **spread("stock_round", stock),
+        **spread("floor_round", floor),
         "floor_s": FLOOR_S,
-        "floor_here_s": round(
-            IDLE_S + PULL_S + math.ceil(import_s / REPLY_POLL_S) * REPLY_POLL_S + UPLOAD_S, 2
-        ),
-        "clientapp_import_s": round(import_s, 2),
         "cores": os.cpu_count(),
         "load_before": round(load, 2),
     }
@@ -161,6 +188,20 @@ def run_ours(made: Deployment, scratch: Path, base: Path, rounds: int) -> tuple[
         if isinstance(event, UpdateReceived):
             num_bytes = event.num_bytes
     return differences(times, rounds), num_bytes
+
+
+def run_floor(made: Deployment, scratch: Path, rounds: int, payload: int) -> list[float]:
+    """Run the least that a server can do with as many bytes; return seconds a round."""
+    app = write_app(
+        scratch / "floor-app",
+        {"serverapp": "floor:app", "clientapp": "echo:app"},
+        {"echo.py": OUR_CLIENT, "floor.py": FLOOR_SERVER},
+    )
+    message, out = scratch / "message", scratch / "floor-times"
+    message.write_bytes(bytes(payload))
+    sites = f"num_sites={len(SITES)}"
+    run_app(made, app, f'base_model="{message}" out="{out}" num_rounds={rounds} {sites}')
+    return differences([float(line) for line in out.read_text().split()], rounds)
 
 
 def run_stock(made: Deployment, scratch: Path, rounds: int, payload: int) -> list[float]:
@@ -217,23 +258,11 @@ def differences(times: Sequence[float], rounds: int) -> list[float]:
     return [end - start for start, end in itertools.pairwise(times)]
 
 
-def import_seconds(at_once: int) -> float:
-    """Return the median seconds in which ``at_once`` ClientApp processes import Flower."""
-    code = "from flwr.supernode.cli import flwr_clientapp"
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(at_once)]
-        for process in processes:
-            process.wait()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 def spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, smallest and largest, as they stand in the JSON line."""
+    """Return mean, median, smallest and largest, as they stand in the JSON line."""
     return {
-        f"{name}_s": round(statistics.median(seconds), 2),
+        f"{name}_s": round(statistics.mean(seconds), 2),
+        f"{name}_median_s": round(statistics.median(seconds), 2),
         f"{name}_min_s": round(min(seconds), 2),
         f"{name}_max_s": round(max(seconds), 2),
     }
