@@ -99,7 +99,11 @@ def epsilon_of(events: Sequence[PrivacyEvent], delta: float) -> float:
         return 0.0
     if min(noise for noise, _ in steps) < LEAST_NOISE:
         return math.inf
-    divergence = sum(count * divergence_of_step(*kind) for kind, count in sorted(steps.items()))
+    import numpy as np
+
+    divergence = np.zeros(len(ORDERS))
+    for kind, count in sorted(steps.items()):  # to the last bit the same in any order of events
+        divergence += count * divergence_of_step(*kind)
     return _convert(divergence, delta)
 
 

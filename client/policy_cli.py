@@ -15,9 +15,9 @@ from federation.command import print_result
 
 if TYPE_CHECKING:
     from client.policy import Policy
-    from client.policy_rules import Finding
+    from client.policy_rules import Finding, Spent
 
-app = typer.Typer(
+policy_app = typer.Typer(
     help="The site's policy: what it allows, and what it makes of a request.",
     no_args_is_help=True,
 )
@@ -25,7 +25,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-@app.command()
+@policy_app.command()
 def check(
     policy: Annotated[Path, typer.Argument(help="policy.toml")], as_json: Json = False
 ) -> None:
@@ -41,12 +41,18 @@ def check(
     )
 
 
-@app.command()
+@policy_app.command()
 def explain(
     request: Annotated[Path, typer.Argument(help="JSON of a request, with its adapter's facts.")],
     policy: Annotated[Path, typer.Option(help="policy.toml")],
+    ledger: Annotated[
+        Path | None, typer.Option(help="What was spent so far; without it, nothing.")
+    ] = None,
+    data_set: Annotated[
+        str, typer.Option(help="First digits of the data set's fingerprint in the ledger.")
+    ] = "",
     num_records: Annotated[
-        int, typer.Option(min=0, help="Records of a data set that has spent nothing yet.")
+        int, typer.Option(min=0, help="Records of the data set, where there is no ledger.")
     ] = 0,
     at: Annotated[
         str | None, typer.Option(help="When it is asked, such as 2026-11-24T23:00+01:00. Now.")
@@ -66,7 +72,8 @@ def explain(
     except OSError as error:
         raise RequestError(f"{request} cannot be read: {error.strerror}") from None
     asked = parse_request(head)
-    spent, now = Spent((), num_records, {}), _moment(at)
+    now = _moment(at)
+    spent = _spent(ledger, data_set, asked.run) if ledger else Spent((), num_records, {})
     verdict = judge(asked, read, spent, now, epsilon_of)
     findings = judge_all(asked, read, spent, now, epsilon_of)
     result = {
@@ -120,6 +127,37 @@ def allowed_in_words(policy: "Policy") -> list[str]:
     quiet = policy.quiet_hours
     lines += [f"Quiet hours: {len(quiet.windows)} windows, time zone {quiet.time_zone}."]
     return lines
+
+
+def _spent(ledger: Path, first_digits: str, run: str) -> "Spent":
+    """Return what a ledger says of a data set and a run, while the trainer may be writing it."""
+    import contextlib
+
+    from client import chain
+    from client.fingerprint import share_a_record
+    from client.ledger import read_ledger
+    from client.policy_rules import Spent
+    from client.request import RequestError
+
+    contents = read_ledger(ledger)
+    names = [name for name in contents.data_sets if name.startswith(first_digits)]
+    if len(names) != 1:
+        raise RequestError(
+            f"--data-set {first_digits!r} fits {len(names)} of the {len(contents.data_sets)} data "
+            f"sets in {ledger.name}: expected one; `client ledger show --json` lists them"
+        )
+    with contextlib.closing(chain.connect(ledger, is_writer=False)) as connection:
+        records = dict(connection.execute("SELECT fingerprint, records FROM data_sets"))
+    own = records[names[0]]
+    charged = {name for name, each in records.items() if share_a_record(each, own)} | {names[0]}
+    of_run = [row for row in contents.rows if row.run == run]
+    return Spent(
+        events=tuple(row.event for row in contents.rows if row.steps and row.data_set in charged),
+        num_records=contents.data_sets[names[0]],
+        answered={row.server_round: row.adapter for row in reversed(of_run)},
+        settings={row.server_round: row.settings for row in reversed(of_run)},
+        num_bytes=sum(row.num_bytes for row in of_run),
+    )
 
 
 def _words(names: Sequence[str]) -> str:

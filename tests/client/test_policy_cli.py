@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from client import policy_cli
+from client.accountant import PrivacyEvent, epsilon_of
+from client.ledger import Ledger
 from client.policy_rules import RULES
 from client.policy_template import policy_template
+from tests.client.ledgers import data_set, entry
 from tests.client.policy_example import BASE, REQUEST, RUN, changed
 from tests.client.test_cli import run
 
@@ -96,6 +98,31 @@ def test_explain_judges_by_the_clock_it_is_given(
     assert json.loads(capsys.readouterr().out)["rule"] == "quiet_hours"
 
 
+def test_explain_knows_what_a_ledger_knows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, private = tmp_path / "ledger.db", PrivacyEvent(2.0, 0.1, 8)
+    hers, ours, apart = data_set(*range(50)), data_set(*range(49, 100)), data_set(*range(200, 260))
+    rounds = [(1, hers, RUN), (2, ours, RUN), (3, apart, "ff" * 16)]
+    with Ledger.open(path, epsilon_of=epsilon_of) as ledger:
+        for number, each, of_run in rounds:
+            ledger.append(entry(number, run=of_run, data_set=each, event=private))
+    arguments = (
+        *("policy", "explain", write_request(tmp_path), "--policy", write_policy(tmp_path)),
+        *("--ledger", path, "--at", NOON, "--json"),
+    )
+    assert run(monkeypatch, *arguments, "--data-set", ours.digest[:12]) == 0
+    rules = {rule["rule"]: rule for rule in json.loads(capsys.readouterr().out)["rules"]}
+    asked = PrivacyEvent(4.0, 32 / 51, 8)
+    expected = epsilon_of([private, private, asked], 1e-6)  # hers shares a record with ours
+    assert float(rules["privacy.epsilon"]["value"].split()[0]) == pytest.approx(expected, rel=1e-3)
+    assert rules["privacy.sampling_rate"]["limit"] == "of 51 records"
+    assert rules["replay"]["limit"] == "after round 2, or the same again"
+    assert rules["traffic.max_run_bytes"]["value"] == str(1000 + 2 * 4096)
+    assert run(monkeypatch, *arguments) == 2
+    assert "--data-set '' fits 3 of the 3 data sets in ledger.db" in capsys.readouterr().err
+
+
 def test_check_says_in_sentences_what_a_policy_allows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -142,4 +169,3 @@ def test_the_policy_commands_come_without_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert seen.stdout.split() == ["False", "False"]
-    assert policy_cli.app.registered_commands
