@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from client.ledger_cli import ledger_app
+from client.policy_cli import policy_app
 from federation.command import print_result, run_command
 
 app = typer.Typer(
@@ -16,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(policy_app, name="policy")
+app.add_typer(ledger_app, name="ledger")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]

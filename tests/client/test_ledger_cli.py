@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from client.chain import head_path
+from client.ledger import read_ledger
+from tests.client.ledgers import RUN, entry, fill, open_ledger
+from tests.client.test_cli import run
+from tests.client.test_ledger import ROOT, tamper
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    fill(tmp_path / "state" / "ledger.db", 3)
+    return tmp_path / "state" / "ledger.db"
+
+
+def test_show_prints_every_release_as_a_table_and_as_json(monkeypatch, capsys, filled):
+    with open_ledger(filled) as ledger:
+        ledger.append(entry(9, run="77" * 16))
+    assert run(monkeypatch, "ledger", "show", filled, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["server_round"] for row in shown["rows"]] == [1, 2, 3, 9]
+    assert shown["rows"][0]["sha256"] == entry(1).sha256
+    assert sum(shown["data_sets"].values()) == 10 + 9 + 8
+    assert run(monkeypatch, "ledger", "show", filled) == 0
+    table = capsys.readouterr().out
+    assert "2026-11-24 12:00" in table
+    assert "16.001" in table
+    assert RUN[:8] in table
+    assert run(monkeypatch, "ledger", "show", filled, "--run", "7777") == 0
+    assert RUN[:8] not in capsys.readouterr().out
+
+
+def test_a_site_toml_leads_to_the_ledger_and_to_the_limit(monkeypatch, capsys, filled):
+    site = filled.parents[1] / "site.toml"
+    site.write_text('state = "state"\npolicy = "policy.toml"\n')
+    site.with_name("policy.toml").write_text("[privacy]\nepsilon = 8.0\n")
+    assert run(monkeypatch, "ledger", "show", site) == 0
+    assert "4.001 of 8" in capsys.readouterr().out
+    site.write_text('data = "a.jsonl"\n')
+    assert run(monkeypatch, "ledger", "show", site) == 2
+    assert "`state` is missing" in capsys.readouterr().err
+
+
+def test_verify_says_yes_or_names_the_first_broken_row(monkeypatch, capsys, filled):
+    assert run(monkeypatch, "ledger", "verify", filled) == 0
+    assert "6 rows hold together, 3 of them releases" in capsys.readouterr().out
+    assert run(monkeypatch, "ledger", "verify", filled, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["count"] == 6
+    tamper(filled, "UPDATE rows SET body = replace(body, '4096', '4097') WHERE number = 4")
+    for command in ("verify", "show"):
+        assert run(monkeypatch, "ledger", command, filled) == 1
+        assert "row 4 is broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "some text"])
+def test_verify_of_something_else_is_the_users_mistake(monkeypatch, capsys, tmp_path, content):
+    place = tmp_path / "thing.db"
+    if content is not None:
+        place.write_text(content)
+    assert run(monkeypatch, "ledger", "verify", place) == 2
+    assert "is not a ledger" in capsys.readouterr().err
+
+
+def test_a_noted_head_convicts_a_history_that_was_made_up(monkeypatch, capsys, filled, tmp_path):
+    assert run(monkeypatch, "ledger", "show", filled, "--head", "--json") == 0
+    noted = json.loads(capsys.readouterr().out)["hash"]
+    with open_ledger(filled) as ledger:
+        ledger.append(entry(4))
+    assert run(monkeypatch, "ledger", "verify", filled, "--noted", noted) == 0
+    fill(tmp_path / "new" / "ledger.db", 2)  # both files made anew, with less in them
+    capsys.readouterr()
+    assert run(monkeypatch, "ledger", "verify", tmp_path / "new" / "ledger.db") == 0
+    assert run(monkeypatch, "ledger", "verify", tmp_path / "new" / "ledger.db", "--noted", noted)
+    assert "another history" in capsys.readouterr().err
+
+
+def test_a_lost_head_file_is_made_anew_as_its_message_says(monkeypatch, capsys, filled):
+    head = head_path(filled)
+    content = head.read_text()
+    head.unlink()
+    assert run(monkeypatch, "ledger", "verify", filled) == 1
+    assert f"show {filled} --head" in capsys.readouterr().err
+    assert run(monkeypatch, "ledger", "show", filled, "--head", "--json") == 0
+    head.write_text(capsys.readouterr().out)
+    assert json.loads(content) == json.loads(head.read_text())
+    assert read_ledger(filled).head.count == 6
+
+
+def test_help_comes_without_the_libraries_that_are_slow_to_load():
+    code = (
+        "import sys; sys.argv = ['client', 'ledger', '--help']\n"
+        "from client import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'numpy', 'opacus', 'flwr', 'sqlite3'} & set(sys.modules))"
+    )
+    start = time.monotonic()
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert time.monotonic() - start < 5  # .2 s; a loaded machine may take longer
+    assert "show" in printed
+    assert printed.endswith("set()\n")
