@@ -20,6 +20,7 @@ from federation.secure_messages import (
     SecureSumError,
     Stage,
     Survivors,
+    advertised_bytes,
     read,
     sealed_context,
     session_of,
@@ -230,6 +231,24 @@ def test_a_site_that_copies_the_keys_of_another_is_left_out() -> None:
     cohort.server.take("s0", write(copied))
     with pytest.raises(SecureSumError, match="of another site"):
         cohort.server.take("s1", write(copied))
+
+
+def test_a_key_with_which_nothing_is_secret_is_left_out() -> None:
+    cohort = Cohort(4, 3)
+    site = cohort.sites["s0"]
+    given = read(Advertisement, site.answer(Stage.ADVERTISE, b"", cohort.terms))
+    weak = given.model_copy(update={"mask_key": "00" * 32})
+    signature = site.member.identity.sign(advertised_bytes(weak)).hex()
+    with pytest.raises(SecureSumError, match="low order"):
+        cohort.server.take("s0", write(weak.model_copy(update={"signature": signature})))
+
+
+def test_what_a_site_holds_does_not_print_its_secrets() -> None:
+    cohort = Cohort(4, 3)
+    cohort.until(Stage.MASK)
+    held = cohort.sites["s0"].held
+    shown = repr(held) + str(held)
+    assert not any(secret in shown for secret in held.secrets.model_dump().values())
 
 
 def lie(raw: bytes) -> bytes:
@@ -492,3 +511,10 @@ def test_of_a_member_that_dropped_out_the_key_of_its_masks_is_revealed_and_not_i
         for name, raw in cohort.arrived[Stage.REVEAL].items()
     }
     assert join(shares).hex() == gone.mask_key != gone.seed
+
+
+@pytest.mark.slow
+def test_the_largest_cohort_fits_the_messages() -> None:
+    cohort = Cohort(64, 43)
+    silent = {f"s{n}": STAGES[n % 5] for n in range(21)}
+    assert cohort.sum(silent) == cohort.plain_sum(survivors_of(cohort, silent))
