@@ -20,7 +20,7 @@ import hashlib
 import math
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ LEDGER = "ledger.db"
 """File of the ledger in a site's state directory."""
 
 EpsilonOf = Callable[[Sequence[PrivacyEvent], float], float]
+"""The accountant: events and delta to epsilon (client.accountant.epsilon_of)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Entry:
     adapter: str
     """Content digest of the adapter that the round came with."""
     settings: str
-    """sha256 of the settings of the request."""
+    """Digest of all that the request says (client.request.SiteRequest.settings_digest)."""
     sha256: str
     """Of the bytes that leave."""
     num_bytes: int
@@ -101,7 +102,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Spent:
-    """What the policy has to know of the past."""
+    """What a verdict of the policy depends on of the past."""
 
     events: tuple[PrivacyEvent, ...]
     """All that the data set at hand has been charged with, for life."""
@@ -109,6 +110,10 @@ class Spent:
     """Of the data set at hand."""
     answered: Mapping[int, str]
     """This run: server_round to the content digest of the adapter that was answered."""
+    settings: Mapping[int, str] = field(default_factory=dict)
+    """``client.request.SiteRequest.settings_digest`` of the same rounds."""
+    num_bytes: int = 0
+    """That this run was sent."""
 
 
 @dataclass
@@ -121,6 +126,23 @@ class Contents:
     key: str = ""
     """Which secret the fingerprints were made with."""
     head: Head = chain.EMPTY
+
+    def spent(self, charged: Collection[str], num_records: int, run: str) -> Spent:
+        """Return what a data set was charged with, and what a run was answered.
+
+        Args:
+            charged: Fingerprints of the data sets that share a record with it, its own among them.
+            num_records: Of the data set.
+            run: Id of the run.
+        """
+        of_run = [row for row in self.rows if row.run == run]
+        return Spent(
+            tuple(row.event for row in self.rows if row.steps and row.data_set in charged),
+            num_records,
+            {row.server_round: row.adapter for row in reversed(of_run)},
+            {row.server_round: row.settings for row in reversed(of_run)},
+            sum(row.num_bytes for row in of_run),
+        )
 
 
 def utc_now() -> datetime:
@@ -198,8 +220,9 @@ class Ledger:
             self._check_data_set(entry.data_set)
             row = self._find(values)
             if row is None:
-                spent = [*self._events(entry.data_set), entry.event]
-                epsilon = self._epsilon_of(spent, entry.delta)
+                charged = self._charged(entry.data_set)
+                spent = self._contents.spent(charged, entry.data_set.num_records, entry.run)
+                epsilon = self._epsilon_of([*spent.events, entry.event], entry.delta)
                 values["epsilon"] = None if math.isinf(epsilon) else epsilon
                 self._write(entry.data_set, values)
                 row = self._contents.rows[-1]
@@ -214,11 +237,8 @@ class Ledger:
         """
         with self._thread:
             self._check_data_set(data_set)
-            answered: dict[int, str] = {}
-            for row in self._contents.rows:
-                if row.run == run:
-                    answered.setdefault(row.server_round, row.adapter)
-            return Spent(tuple(self._events(data_set)), data_set.num_records, answered)
+            charged = self._charged(data_set)
+            return self._contents.spent(charged, data_set.num_records, run)
 
     def rows(self) -> list[Row]:
         """Return every row, in order."""
@@ -249,10 +269,9 @@ class Ledger:
                 return row
         return None
 
-    def _events(self, data_set: Fingerprint) -> list[PrivacyEvent]:
-        """Return the cost of every row whose data set shares a record with ``data_set``."""
-        shares = {name: self._shares(name, data_set) for name in self._contents.data_sets}
-        return [row.event for row in self._contents.rows if row.steps and shares[row.data_set]]
+    def _charged(self, data_set: Fingerprint) -> set[str]:
+        """Return the data sets that share a record with ``data_set``."""
+        return {name for name in self._contents.data_sets if self._shares(name, data_set)}
 
     def _shares(self, name: str, data_set: Fingerprint) -> bool:
         if name == data_set.digest:

@@ -14,8 +14,9 @@ import typer
 from federation.command import print_result
 
 if TYPE_CHECKING:
+    from client.ledger import Spent
     from client.policy import Policy
-    from client.policy_rules import Finding, Spent
+    from client.policy_rules import Finding
 
 policy_app = typer.Typer(
     help="The site's policy: what it allows, and what it makes of a request.",
@@ -61,8 +62,8 @@ def explain(
 ) -> None:
     """Print what each rule of a policy says of a request. Nothing is trained or charged."""
     from client.accountant import epsilon_of
+    from client.ledger import Spent
     from client.policy import read_policy
-    from client.policy_rules import Spent
     from client.request import RequestError, parse_request
     from client.verdict import judge, judge_all
 
@@ -136,7 +137,6 @@ def _spent(ledger: Path, first_digits: str, run: str) -> "Spent":
     from client import chain
     from client.fingerprint import share_a_record
     from client.ledger import read_ledger
-    from client.policy_rules import Spent
     from client.request import RequestError
 
     contents = read_ledger(ledger)
@@ -150,14 +150,7 @@ def _spent(ledger: Path, first_digits: str, run: str) -> "Spent":
         records = dict(connection.execute("SELECT fingerprint, records FROM data_sets"))
     own = records[names[0]]
     charged = {name for name, each in records.items() if share_a_record(each, own)} | {names[0]}
-    of_run = [row for row in contents.rows if row.run == run]
-    return Spent(
-        events=tuple(row.event for row in contents.rows if row.steps and row.data_set in charged),
-        num_records=contents.data_sets[names[0]],
-        answered={row.server_round: row.adapter for row in reversed(of_run)},
-        settings={row.server_round: row.settings for row in reversed(of_run)},
-        num_bytes=sum(row.num_bytes for row in of_run),
-    )
+    return contents.spent(charged, contents.data_sets[names[0]], run)
 
 
 def _words(names: Sequence[str]) -> str:

@@ -12,37 +12,18 @@ spent so far. Those stand in ``Finding.value`` and ``limit``, which are for this
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 
 from client.accountant import PrivacyEvent
+from client.ledger import EpsilonOf, Spent
 from client.policy import ANY, DATA_METRICS, Policy
 from client.request import AdapterFacts, SiteRequest
 from federation.run_signature import is_signed_by
 
 _MAX_SHOWN = 80
-
-
-@dataclass(frozen=True)
-class Spent:
-    """What the ledger remembers, as far as a verdict depends on it."""
-
-    events: tuple[PrivacyEvent, ...]
-    """Of the data set at hand, for life, over all runs."""
-    num_records: int
-    """Of the data set at hand."""
-    answered: Mapping[int, str]
-    """What this run was answered: content digest of the adapter by server_round."""
-    settings: Mapping[int, str] = field(default_factory=dict)
-    """``SiteRequest.settings_digest`` by server_round, of the same rounds."""
-    num_bytes: int = 0
-    """Of all updates that this run was sent."""
-
-
-EpsilonOf = Callable[[Sequence[PrivacyEvent], float], float]
-"""The accountant: events and delta to epsilon (client.accountant.epsilon_of)."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from client.ledger import EpsilonOf, Spent
 from client.policy import Policy
-from client.policy_rules import RULES, Case, EpsilonOf, Finding, Spent
+from client.policy_rules import RULES, Case, Finding
 from client.request import SiteRequest
 
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from client.accountant import PrivacyEvent
+from client.ledger import Spent
 from client.policy import Policy
-from client.policy_rules import Spent
 from client.request import RequestError, parse_request
 from client.verdict import judge
 

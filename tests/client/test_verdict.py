@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.accountant import PrivacyEvent, epsilon_of
+from client.ledger import Spent
 from client.policy import Policy
-from client.policy_rules import RULES, Spent
+from client.policy_rules import RULES
 from client.request import parse_request
 from client.verdict import judge, judge_all
 from tests.client.policy_example import (
