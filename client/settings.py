@@ -1,8 +1,8 @@
 """Settings of one site's training. The same keys under `[training]` of a run config."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from federation.settings import Settings
 
@@ -22,7 +22,14 @@ class TrainingSettings(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """L2 norm to which the gradient of a step is clipped."""
+    """L2 norm to which the gradient of a step is clipped. Not under privacy, where each record's
+    is."""
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    """Record-level differential privacy: standard deviation of the noise on the sum of the records'
+    gradients, in units of ``record_clip_norm``. Each step then draws every record with probability
+    batch_size x accumulation / records. 0 = no noise and no privacy."""
+    record_clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """L2 bound on the gradient of one record over all trained factors. Only with noise."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (Li et al., arXiv:1812.06127): mu / 2 * ||w - w_start||^2 over all trained factors is
     added to the loss, so that a site stays nearer to what it was sent. 0 = off."""
@@ -35,3 +42,13 @@ class TrainingSettings(Settings):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints. 0 = none."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _privacy_keeps_no_noise(self) -> Self:
+        if self.noise_multiplier > 0 and self.checkpoint_every > 0:
+            raise ValueError(
+                f"noise_multiplier is {self.noise_multiplier:g} and checkpoint_every "
+                f"{self.checkpoint_every}: a private run that is killed starts over, since what a "
+                "checkpoint holds would tell its noise; set checkpoint_every to 0"
+            )
+        return self
