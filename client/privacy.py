@@ -11,8 +11,9 @@ it returns are the records' own, without noise. They are for the site's eyes: wh
 leaves the guarantee. Train one factor and keep the other as it is (``train_only``): noise in both
 multiplies in their product (Sun et al., arXiv:2403.12313).
 
-A killed run starts over with other records and other noise. Nothing of the first had left the site,
-so that it costs nothing; a checkpoint would keep the noise on a disk to be subtracted from the rest.
+A killed run starts over with other records and other noise. Nothing of the first had left the
+site, so that it costs nothing; a checkpoint would keep the noise on a disk, to be subtracted from
+the rest.
 
 Shape letters: B records, T tokens, N learned positions, O out features, I in features.
 """
@@ -121,13 +122,9 @@ def train_records(
         PrivacyError: The model cannot be trained privately.
     """
     if settings.noise_multiplier > 0:
-        return train_privately(
-            model, examples, settings, pad_id=pad_id, on_step=on_step, key=key
-        )
+        return train_privately(model, examples, settings, pad_id=pad_id, on_step=on_step, key=key)
     drawn = draw_batches(examples, settings, stretch=stretch)
-    steps = train(
-        model, drawn, settings, pad_id=pad_id, checkpoints=checkpoints, on_step=on_step
-    )
+    steps = train(model, drawn, settings, pad_id=pad_id, checkpoints=checkpoints, on_step=on_step)
     return Trained(steps, None)
 
 
@@ -251,10 +248,10 @@ def _private_gradient(
         rows = ordered[start : start + settings.batch_size]
         batch = {name: t.to(model.device) for name, t in collate(rows, pad_id).items()}
         losses_B, tokens_B = record_losses(model, batch)
-        (losses_B / tokens_B.clamp(min=1)).sum().backward()
+        torch.autograd.backward((losses_B / tokens_B.clamp(min=1)).sum())
         parts_OI, _ = clipped_sum(gradients.take(), bound)
         for sum_OI, part_OI in zip(sums_OI, parts_OI, strict=True):
-            sum_OI += part_OI
+            sum_OI.add_(part_OI)
         is_finite_B = losses_B.isfinite()
         total_loss += float(losses_B.detach()[is_finite_B].sum())
         num_tokens += int(tokens_B[is_finite_B].sum())

@@ -87,9 +87,7 @@ def record_gradients(model: Any) -> Iterator[RecordGradients]:
             del vars(each)["forward"]
 
 
-def clipped_sum(
-    gradients_BOI: Sequence[Tensor], bound: float
-) -> tuple[list[Tensor], Tensor]:
+def clipped_sum(gradients_BOI: Sequence[Tensor], bound: float) -> tuple[list[Tensor], Tensor]:
     """Return the sum of the records' gradients, none of them longer than ``bound``.
 
     A record's gradient is one vector over all weights and is shortened as a whole (Abadi et al.,

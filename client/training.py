@@ -253,7 +253,7 @@ def _build_trainer(
     place: Path,
     saves: bool,
     on_step: Callable[[Step], None],
-    loss_function: LossFunction | None = None,
+    loss_function: LossFunction = response_cross_entropy,
     step_gradient: StepGradient | None = None,
 ) -> Any:
     """Return a Trainer that takes a loss, or gradients that are made elsewhere."""
@@ -293,7 +293,6 @@ def _build_trainer(
             learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
             self._num_tokens += learned
             self._share = learned / int(num_items_in_batch)
-            assert loss_function is not None
             return loss_function(model, inputs) * self._share
 
         def training_step(

@@ -17,7 +17,9 @@ def test_a_stream_never_repeats_and_without_a_key_nobody_can_repeat_it() -> None
     first, second = stream.normal(1000), stream.normal(1000)
     assert not np.intersect1d(first, second).size
     again = RandomStream(b"k" * 32)
-    assert np.array_equal(np.concatenate([again.normal(1000), again.normal(1000)]), [*first, *second])
+    assert np.array_equal(
+        np.concatenate([again.normal(1000), again.normal(1000)]), [*first, *second]
+    )
     assert not np.array_equal(RandomStream().normal(10), RandomStream().normal(10))
 
 
@@ -45,7 +47,7 @@ def test_normal_numbers_have_the_normal_distribution() -> None:
     assert len(drawn) == 200_001
     expected = np.array([NormalDist().cdf(x) for x in drawn[::100]])
     steps = np.arange(0, len(drawn), 100) / len(drawn)
-    # Kolmogorov's bound for 200 000 numbers is exceeded with probability 2 exp(-2 * 1.95**2) = .001.
+    # Kolmogorov's bound: exceeded with probability 2 exp(-2 * 1.95**2) = .001.
     assert np.abs(expected - steps).max() < 1.95 / len(drawn) ** 0.5
     assert (drawn**4).mean() == pytest.approx(3.0, abs=0.05)
 
