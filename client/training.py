@@ -93,11 +93,7 @@ def train(
         TrainingError: A step's loss is not finite.
         SettingsError: The settings ask for privacy, which needs the whole data set.
     """
-    if settings.noise_multiplier > 0:
-        raise SettingsError(
-            f"training.noise_multiplier is {settings.noise_multiplier:g} where records are taken "
-            "in a given order, which cannot be private: set it to 0"
-        )
+    refuse_privacy(settings)
     expected = settings.num_steps * settings.accumulation * settings.batch_size
     if len(examples) != expected:
         raise ValueError(f"{len(examples)} examples for {expected} places: use draw_batches()")
@@ -156,6 +152,20 @@ def train_with(
     model.eval()
     steps: list[Step] = trainer.steps
     return steps
+
+
+def refuse_privacy(settings: TrainingSettings) -> None:
+    """Refuse settings that ask for privacy where records are taken in a given order.
+
+    Raises:
+        SettingsError: They do. `client.privacy` draws records by itself.
+    """
+    if settings.noise_multiplier > 0:
+        raise SettingsError(
+            f"training.noise_multiplier is {settings.noise_multiplier:g} where records are taken "
+            "in a given order, which cannot be private: set it to 0; only the rounds of a "
+            "federation are private"
+        )
 
 
 def draw(items: Sequence[Item], count: int, *, seed: int, start: int = 0) -> list[Item]:
