@@ -19,7 +19,7 @@ from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer, padding_id
 from client.records import read_records
 from client.settings import TrainingSettings
-from client.training import Step, draw_batches, train
+from client.training import Step, draw_batches, refuse_privacy, train
 from client.work import Work
 from federation.adapter import initial_adapter, read_adapter, read_from_model, write_adapter
 from federation.atomic import refuse_existing
@@ -45,6 +45,7 @@ def train_alone(
         UserError: Data, model or settings are wrong, or ``out`` exists. Nothing is written then.
     """
     refuse_existing(out)
+    refuse_privacy(settings)
     tokenizer = load_tokenizer(base_model)
     per_file = [_encode(path, tokenizer, settings.max_tokens) for path in data]
     layout = adapter_settings.model_dump(include={"rank", "alpha", "targets"})

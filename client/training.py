@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from client.batches import IGNORED, Example, batches_of_like_length, collate
 from client.settings import TrainingSettings
 from federation.errors import FedgeError
+from federation.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     LossFunction = Callable[[PreTrainedModel, dict[str, Tensor]], Tensor]
     """Model and batch to the mean loss over the batch's learned positions (a float32 scalar)."""
+    StepGradient = Callable[[PreTrainedModel], "Gradient"]
+    """Puts the gradient of a whole step into ``.grad`` of what is trained."""
 
 Item = TypeVar("Item")
 
@@ -46,10 +49,19 @@ class Step:
     """Mean over the step's learned tokens, nats, before the update."""
     learning_rate: float
     grad_norm: float
-    """L2 norm before clipping, the proximal term included."""
+    """L2 norm before clipping, the proximal term included; with privacy, of noise and all."""
     num_tokens: int
     """Learned tokens."""
     seconds: float
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What the gradient of one step was made from."""
+
+    loss: float
+    """Mean over the learned tokens, nats; 0 without any."""
+    num_tokens: int
 
 
 def train(
@@ -79,7 +91,9 @@ def train(
 
     Raises:
         TrainingError: A step's loss is not finite.
+        SettingsError: The settings ask for privacy, which needs the whole data set.
     """
+    refuse_privacy(settings)
     expected = settings.num_steps * settings.accumulation * settings.batch_size
     if len(examples) != expected:
         raise ValueError(f"{len(examples)} examples for {expected} places: use draw_batches()")
@@ -88,7 +102,7 @@ def train(
             model,
             examples,
             settings,
-            pad_id=pad_id,
+            collator=lambda rows: collate(rows, pad_id),
             loss_function=loss_function or response_cross_entropy,
             place=checkpoints or Path(scratch),
             saves=checkpoints is not None and settings.checkpoint_every > 0,
@@ -98,6 +112,60 @@ def train(
     model.eval()
     steps: list[Step] = trainer.steps
     return steps
+
+
+def train_with(
+    step_gradient: StepGradient,
+    model: PreTrainedModel,
+    settings: TrainingSettings,
+    *,
+    on_step: Callable[[Step], None] | None = None,
+) -> list[Step]:
+    """Train ``model`` in place with gradients that the caller makes; return every step.
+
+    Optimizer, schedule and proximal term are those of ``train``. The gradient is not clipped.
+
+    Args:
+        step_gradient: Called once a step.
+        model: Its parameters with ``requires_grad`` are trained.
+        settings: Steps, learning rate; batch and accumulation are the caller's business.
+        on_step: Called after each step.
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = _build_trainer(
+            model,
+            range(settings.num_steps),
+            # Measured against infinity, a norm is on record and changes nothing.
+            settings.model_copy(
+                update={"batch_size": 1, "accumulation": 1, "max_grad_norm": math.inf}
+            ),
+            # The Trainer counts the tokens of what it believes to train on.
+            collator=lambda rows: {"input_ids": torch.tensor([rows])},
+            step_gradient=step_gradient,
+            place=Path(scratch),
+            saves=False,
+            on_step=on_step or (lambda _: None),
+        )
+        trainer.train()
+    model.eval()
+    steps: list[Step] = trainer.steps
+    return steps
+
+
+def refuse_privacy(settings: TrainingSettings) -> None:
+    """Refuse settings that ask for privacy where records are taken in a given order.
+
+    Raises:
+        SettingsError: They do. `client.privacy` draws records by itself.
+    """
+    if settings.noise_multiplier > 0:
+        raise SettingsError(
+            f"training.noise_multiplier is {settings.noise_multiplier:g} where records are taken "
+            "in a given order, which cannot be private: set it to 0; only the rounds of a "
+            "federation are private"
+        )
 
 
 def draw(items: Sequence[Item], count: int, *, seed: int, start: int = 0) -> list[Item]:
@@ -188,15 +256,17 @@ def _last_checkpoint(checkpoints: Path | None) -> str | None:
 
 def _build_trainer(
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    rows: Sequence[Any],
     settings: TrainingSettings,
     *,
-    pad_id: int,
-    loss_function: LossFunction,
+    collator: Callable[[Any], dict[str, Tensor]],
     place: Path,
     saves: bool,
     on_step: Callable[[Step], None],
+    loss_function: LossFunction = response_cross_entropy,
+    step_gradient: StepGradient | None = None,
 ) -> Any:
+    """Return a Trainer that takes a loss, or gradients that are made elsewhere."""
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
@@ -238,6 +308,12 @@ def _build_trainer(
         def training_step(
             self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None
         ) -> Tensor:
+            if step_gradient is not None:
+                model.train()
+                made = step_gradient(model)
+                self._num_tokens += made.num_tokens
+                add_proximal_gradient(start, settings.proximal_mu)
+                return torch.tensor(made.loss, device=self.args.device)
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             # The shares of a step sum to 1, so this is one proximal gradient a step, before the
             # clipping. The loss that is logged stays that of the data.
@@ -294,6 +370,6 @@ def _build_trainer(
     return OrderedTrainer(
         model=model,
         args=arguments,
-        train_dataset=list(examples),
-        data_collator=lambda rows: collate(rows, pad_id),
+        train_dataset=list(rows),
+        data_collator=collator,
     )

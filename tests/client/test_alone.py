@@ -112,3 +112,12 @@ def test_two_processes_do_not_share_an_output(tmp_path: Path) -> None:
     second = Work(tmp_path / "out", {"a": 1})
     with Work(tmp_path / "out", {"a": 1}), pytest.raises(UserError, match="another process works"):
         second.__enter__()
+
+
+def test_a_run_alone_that_is_to_be_private_is_refused_before_anything_is_written(
+    data: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    private = SETTINGS.model_copy(update={"noise_multiplier": 1.0, "checkpoint_every": 0})
+    with pytest.raises(UserError, match="noise_multiplier is 1 where records are taken in a given"):
+        train(data, tiny_model, tmp_path / "out", private)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
