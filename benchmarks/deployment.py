@@ -103,21 +103,21 @@ def main(grid, context):
 """
 
 FLOOR_SERVER = """
-import pathlib
 import time
 
-from flwr.app import ArrayRecord, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from federation.server_app import ADAPTER, _byte_array
+from federation.server_app import ADAPTER
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid, context):
-    payload = pathlib.Path(context.run_config["base_model"])
-    record = ArrayRecord({ADAPTER: _byte_array(payload)})
+    payload = np.zeros(context.run_config["adapter.rank"], dtype=np.uint8)
+    record = ArrayRecord({ADAPTER: Array(payload)})
     while len(nodes := list(grid.get_node_ids())) < context.run_config["num_sites"]:
         time.sleep(0.1)
     for _ in range(context.run_config["num_rounds"]):
@@ -126,8 +126,10 @@ def main(grid, context):
         waiting = set(grid.push_messages(messages))
         while waiting:
             time.sleep(0.02)
-            replies = grid.pull_messages(list(waiting))
-            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            for reply in grid.pull_messages(list(waiting)):
+                if reply.has_error():
+                    raise RuntimeError(reply.error.reason)
+                waiting.remove(reply.metadata.reply_to_message_id)
         with open(context.run_config["out"], "a") as file:
             file.write(f"{time.time()}\\n")
 """
@@ -197,10 +199,9 @@ def run_floor(made: Deployment, scratch: Path, rounds: int, payload: int) -> lis
         {"serverapp": "floor:app", "clientapp": "echo:app"},
         {"echo.py": OUR_CLIENT, "floor.py": FLOOR_SERVER},
     )
-    message, out = scratch / "message", scratch / "floor-times"
-    message.write_bytes(bytes(payload))
+    out = scratch / "floor-times"
     sites = f"num_sites={len(SITES)}"
-    run_app(made, app, f'base_model="{message}" out="{out}" num_rounds={rounds} {sites}')
+    run_app(made, app, f'out="{out}" num_rounds={rounds} {sites} adapter.rank={payload}')
     return differences([float(line) for line in out.read_text().split()], rounds)
 
 
@@ -217,6 +218,8 @@ def run_stock(made: Deployment, scratch: Path, rounds: int, payload: int) -> lis
     return differences([float(line) for line in out.read_text().split()][1:], rounds)
 
 
+# Flower takes only settings that the bundle's pyproject.toml has, so the apps of the peers read the
+# payload's size from `adapter.rank`.
 def write_app(directory: Path, components: Mapping[str, str], files: Mapping[str, str]) -> Path:
     """Write a Flower app that is ours but for some components; return its directory."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -49,17 +49,16 @@ def aggregations(records: Sequence[Record]) -> Summary:
 def wire(records: Sequence[Record]) -> Summary:
     """Return each format's held-out loss relative to float32 of the same seed, and its bytes.
 
-    Sites that forget are sent the adapter again, which a run's log does not count: no bytes there.
+    `largest_of_a_site` is the largest difference, up or down, of one site's loss in one seed.
     """
     by_name = _losses(records)
     whole = by_name.get(EXACT, {})
-    num_bytes = {
-        r["name"]: None if r["forgets"] else r["bytes_up"] + r["bytes_down"] for r in records
-    }
+    num_bytes = {r["name"]: r["bytes_up"] + r["bytes_down"] for r in records}
     return {
         name: {
             "loss": spread(losses.values()),
             "relative": spread(_pairs(losses, whole, lambda x, w: x / w - 1)),
+            "largest_of_a_site": _largest_of_a_site(records, name),
             "bytes": num_bytes[name],
         }
         for name, losses in by_name.items()
@@ -116,8 +115,17 @@ def _aggregations_table(records: Sequence[Record]) -> str:
 def _wire_table(records: Sequence[Record]) -> str:
     summary = wire(records)
     whole = summary.get(EXACT, {}).get("bytes")
-    lines = [_row("wire", "bytes to float32", "mean loss", "loss to float32, paired", "largest")]
-    lines.append(_rule(5))
+    lines = [
+        _row(
+            "wire",
+            "bytes to float32",
+            "mean loss",
+            "loss to float32, paired",
+            "largest",
+            "of a site",
+        )
+    ]
+    lines.append(_rule(6))
     for name, row in summary.items():
         relative = row["relative"]
         lines.append(
@@ -127,6 +135,7 @@ def _wire_table(records: Sequence[Record]) -> str:
                 _plus_minus(row["loss"], "{:.4f}"),
                 _plus_minus(relative, "{:+.2%}"),
                 _number(max(relative["each"], default=None), "{:+.2%}"),
+                _number(row["largest_of_a_site"], "{:.2%}"),
             )
         )
     return "\n".join(lines)
@@ -169,6 +178,18 @@ def _losses(records: Sequence[Record]) -> dict[str, dict[int, float]]:
         if record["loss"] is not None:
             losses[record["seed"]] = record["loss"]
     return found
+
+
+def _largest_of_a_site(records: Sequence[Record], name: str) -> float | None:
+    whole = {r["seed"]: r["losses"] for r in records if r["name"] == EXACT}
+    differences = [
+        abs(loss / whole[record["seed"]][site] - 1)
+        for record in records
+        if record["name"] == name and record["seed"] in whole
+        for site, loss in record["losses"].items()
+        if loss is not None and whole[record["seed"]].get(site)
+    ]
+    return max(differences, default=None)
 
 
 def _pairs(

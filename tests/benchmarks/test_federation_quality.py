@@ -267,8 +267,9 @@ def test_a_format_is_compared_with_float32_of_its_seed() -> None:
         *(record("products + tail", 0, 2.0), record("products + tail", 1, 4.0)),
         *(record("int4", 0, 2.02, bytes_up=1, bytes_down=2), record("int4", 1, 4.0)),
     ]
-    relative = quality_report.wire(records)["int4"]["relative"]
-    assert relative["each"] == pytest.approx([0.01, 0.0])
+    summary = quality_report.wire(records)["int4"]
+    assert summary["relative"]["each"] == pytest.approx([0.01, 0.0])
+    assert summary["largest_of_a_site"] == pytest.approx(0.01)
     assert "+0.50% ± 0.71%" in quality_report.markdown("wire", records)
 
 

@@ -95,8 +95,9 @@ def test_the_tail_gives_back_what_the_cut_lost(settings: Settings, tmp_path: Pat
 
 
 @pytest.mark.parametrize("aggregation", ["products", "factors", "alternating"])
-def test_no_rank_slice_decays_where_its_owners_change_nothing(
-    settings: Settings, tmp_path: Path, aggregation: str
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_no_rank_slice_decays_where_its_owners_make_a_constant_change_or_none(
+    settings: Settings, tmp_path: Path, aggregation: str, change: float
 ) -> None:
     """Ranks 4, 8, 16 and 32 for 20 rounds; padding short sites with zeros would halve and halve."""
     mixed = settings(
@@ -106,11 +107,12 @@ def test_no_rank_slice_decays_where_its_owners_change_nothing(
         adapter={"rank": 32, "alpha": 32.0},
         tail_rank=0,
     )
-    start = drift(9, 0.1)
+    # The change of the later rounds has the direction of the first one, so that nothing cancels.
+    start, later = drift(9, 0.1), drift(9, change)
     first = {"done": False}
 
     def move(adapter: Adapter) -> Adapter:
-        return adapter if first["done"] else start(adapter)
+        return later(adapter) if first["done"] else start(adapter)
 
     sites = SimulatedSites(tmp_path / "s", dict.fromkeys("abcd", move))
     (tmp_path / "s").mkdir()
