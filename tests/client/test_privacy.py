@@ -102,11 +102,15 @@ def test_each_record_has_the_gradient_that_it_has_alone(
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("factors", ["A", "B"])
+@pytest.mark.parametrize(("factors", "recomputed"), [("A", False), ("B", False), ("B", True)])
 def test_over_a_bfloat16_base_they_are_as_near_as_bfloat16_is(
-    tiny_model: Path, examples: list[Example], factors: str
+    tiny_model: Path, examples: list[Example], factors: str, recomputed: bool
 ) -> None:
-    found = gradients_of(adapted(tiny_model, factors, "bfloat16"), examples[:5])
+    model = adapted(tiny_model, factors, "bfloat16")
+    if recomputed:
+        model.activation_checkpointing_enable()
+        model.train()
+    found = gradients_of(model, examples[:5])
     expected = one_by_one(adapted(tiny_model, factors, "bfloat16"), examples[:5])
     for record in range(5):
         one = torch.cat([g[record].flatten() for g in found]).double()
