@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
@@ -71,6 +70,9 @@ from federation.server_app import bytes_of
 
 HEARTBEAT_S = 30.0
 """Said with every heartbeat; the SuperLink waits twice as long for the next one."""
+LAST_HEARTBEAT_S = 10.0
+"""Said when the node leaves soon after a reply: the shortest that a SuperLink takes. It has 20 s
+then to hand the reply out."""
 LEASE_S = 70.0
 """How long a lease that somebody else holds is waited for: 60 s of the SuperLink, and a little."""
 OBJECT_BACKOFF_S = (0.03, 0.1)
@@ -156,6 +158,7 @@ class FleetNode:
         self._say = say
         self._node: Node | None = None
         self._bundles: dict[int, str] = {}
+        self._replied_at = float("-inf")
         self._leaving = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -177,28 +180,33 @@ class FleetNode:
             FleetError: Another node holds the lease of this key.
             Stopped: The node was told to leave first.
         """
-        self._client.__enter__()
-        self._node = Node(node_id=self._activate())
+        try:
+            self._node = Node(node_id=self._activate())
+        except BaseException:
+            self._client.close()
+            raise
         self._memory.keep_node(self.node_id)
         self._say("connected", node=str(self._node.node_id))
         self._heart.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Give the lease back, unless a message is in hand that the next life will answer."""
+    def __exit__(self, *_: object) -> None:
+        """Give the lease back, as far as nobody is waited for.
+
+        A SuperLink hands out no reply of a site that is gone, not even one that it has: so after a
+        reply the lease is only shortened. With a message in hand it is left for the next life.
+        """
         self._leaving.set()
         if self._heart.is_alive():
             self._heart.join(timeout=10)
         if self._node is not None and self._memory.in_hand() is None:
             with contextlib.suppress(httpx.HTTPError, RuntimeError):
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
-                self._memory.forget_node()
-        self._client.__exit__(kind, error, traceback)
+                if time.monotonic() - self._replied_at < 2 * HEARTBEAT_S:
+                    self._client.SendNodeHeartbeat(_heartbeat(self.node_id, LAST_HEARTBEAT_S))
+                else:
+                    self._client.DeactivateNode(DeactivateNodeRequest(node_id=self.node_id))
+                    self._memory.forget_node()
+        self._client.close()
 
     def receive(self) -> Asked | None:
         """Return the message in hand, or a new one; None when there is none.
@@ -306,7 +314,7 @@ class FleetNode:
                         f"the SuperLink did not activate this site in {LEASE_S:g} s ({error}): "
                         "register its public key, or end the other node that uses the same key"
                     ) from None
-                self._say("lease_held", seconds_left=round(deadline - time.monotonic()))
+                self._say("not_activated", seconds_left=round(deadline - time.monotonic()))
                 self._superlink.pause(5.0)
 
     def _take_over(self) -> int | None:
@@ -324,6 +332,7 @@ class FleetNode:
         if not response.success:
             return None
         self._say("lease_taken_over")
+        self._replied_at = time.monotonic()  # perhaps: that life may have replied just before
         return node_id
 
     def _beat(self) -> None:
@@ -396,6 +405,7 @@ class FleetNode:
             raise ValueError("only the message in hand can be answered")
         try:
             is_taken = self._push(hand, message, seconds)
+            self._replied_at = time.monotonic()
             if is_taken:
                 confirm = ConfirmMessageReceivedRequest(
                     node=self._connected(),
@@ -491,8 +501,8 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def _heartbeat(node_id: int) -> SendNodeHeartbeatRequest:
-    return SendNodeHeartbeatRequest(node=Node(node_id=node_id), heartbeat_interval=HEARTBEAT_S)
+def _heartbeat(node_id: int, interval_s: float = HEARTBEAT_S) -> SendNodeHeartbeatRequest:
+    return SendNodeHeartbeatRequest(node=Node(node_id=node_id), heartbeat_interval=interval_s)
 
 
 def _byte_arrays(content: RecordDict) -> Iterator[tuple[str, memoryview]]:

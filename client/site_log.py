@@ -17,7 +17,7 @@ LEVELS = ("debug", "info", "warning", "error")
 _LEVEL_OF = {
     "poll_failed": "warning",
     "superlink_away": "warning",
-    "lease_held": "warning",
+    "not_activated": "warning",
     "message_lost": "warning",
     "heartbeat_failed": "warning",
     "question_failed": "warning",

@@ -1,6 +1,6 @@
 """A daemon whose trainer is `site_trainer.py`, as a process of its own.
 
-    python site_daemon.py site.toml
+python site_daemon.py site.toml
 """
 
 import sys
