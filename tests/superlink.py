@@ -38,6 +38,8 @@ class LocalSuperlink:
         self.start()
         self.node_id = self.register(self.node_key)
         self.run_id = self.start_run()
+        self.ended = threading.Event()
+        threading.Thread(target=self.keep_run_alive, daemon=True).start()
 
     def start(self) -> None:
         import uvicorn
@@ -96,6 +98,14 @@ class LocalSuperlink:
         self.token = self.state.claim_task(self.task_id)
         assert self.state.activate_task(self.task_id)
         return int(run_id)
+
+    def keep_run_alive(self) -> None:
+        while not self.ended.wait(10):  # a run that is silent for 60 s counts as failed
+            self.state.acknowledge_task_heartbeat(self.task_id)
+
+    def close(self) -> None:
+        self.ended.set()
+        self.stop()
 
     def send(self, content: bytes, *, kind: str = "train", ttl: float = 600.0) -> str:
         """Put a message for the site there, whole."""

@@ -174,7 +174,7 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     made = LocalSuperlink(tmp_path_factory.mktemp("superlink"))
     yield made
-    made.stop()
+    made.close()
 
 
 Said = list[tuple[str, dict[str, Any]]]
