@@ -6,9 +6,10 @@ wrong path does not mend itself.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from federation.errors import FedgeError
 
@@ -30,6 +31,7 @@ class Child:
         *,
         patience_s: float,
         say: Callable[..., None],
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -38,7 +40,9 @@ class Child:
             command: Program and arguments.
             patience_s: How long it may end again and again before it is given up.
             say: Called with the name of an event and its values.
+            environment: Variables beside those of this process.
         """
+        self._environment = {**os.environ, **(environment or {})}
         self._name = name
         self._command = list(command)
         self._patience_s = patience_s
@@ -70,7 +74,9 @@ class Child:
             self._note_end(self._process.returncode, now)
             self._process = None
         if self._process is None and now >= self._next_start:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, env=self._environment
+            )
             self._starts += 1
             self._say("child_started", child=self._name, pid=self._process.pid)
 

@@ -20,6 +20,8 @@ from federation.errors import FedgeError, UserError
 
 RETRY_S = (0.2, 10.0)
 """First and longest wait before the next try."""
+MAX_FAULTS = 10
+"""Tries of one request that the SuperLink answers with 500: its fault, but perhaps not the next."""
 
 
 class FleetError(FedgeError):
@@ -62,12 +64,14 @@ class Superlink:
             Stopped: Told to leave.
         """
         wait, longest = RETRY_S
+        faults = 0
         while True:
             try:
                 answer = method(request)
             except httpx.HTTPStatusError as error:
                 status = error.response.status_code
-                if status < 500:
+                faults += status == httpx.codes.INTERNAL_SERVER_ERROR
+                if status < 500 or faults >= MAX_FAULTS:
                     raise _refusal(status, error.response.text) from None
                 reason = f"HTTP {status}"
             except httpx.TransportError as error:
@@ -99,7 +103,7 @@ class Superlink:
 
 
 def _refusal(status: int, text: str) -> FedgeError:
-    """Return what an HTTP status below 500 means here."""
+    """Return what an HTTP status means that is no matter of waiting."""
     if status == httpx.codes.UNAUTHORIZED:
         return FleetKeyError(
             "the SuperLink does not accept this site's key: ask the coordinator to register its "

@@ -328,3 +328,34 @@ def test_sigterm_answers_the_round_in_hand_and_leaves_with_its_trainer(
     made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 400)
     summary = summarise(tmp_path / "run" / "events.jsonl")
     assert (summary["state"], summary["failures"]) == ("finished", [])
+
+
+def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    """The app of the run is executed there, and holds nothing but the trainer's socket."""
+    site = institutions[1]
+    made.services.end([site.program])
+    config = site.directory / "site.toml"
+    before = config.read_text()
+    config.write_text(before + 'node = "supernode"\n')
+    site.start()
+    made.services.wait_until(
+        lambda: site.count("daemon_ready") >= 2 and made.num_online() == 2, "both nodes", 120
+    )
+    trained = site.count("answered")
+    run = submit(made, inputs, tmp_path / "run", 2)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 500)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert (summary["state"], summary["failures"]) == ("finished", [])
+    assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", 2))
+    assert site.count("answered") == trained + 2
+    programs = {
+        word.rpartition("/")[2]
+        for child in psutil.Process(site.pid()).children(recursive=True)
+        for word in child.cmdline()[:2]
+    }
+    assert "flower-supernode" in programs
+    made.services.end([site.program])
+    config.write_text(before)
+    site.start()
