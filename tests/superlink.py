@@ -61,6 +61,7 @@ class LocalSuperlink:
             ssl_keyfile=str(self.directory / "superlink.key"),
             log_level="critical",
             ws="none",
+            timeout_graceful_shutdown=1,
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -71,7 +72,7 @@ class LocalSuperlink:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
     def register(self, node_key: Path) -> int:

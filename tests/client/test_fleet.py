@@ -1,5 +1,6 @@
 """The private names of flwr that a resident node uses, and the node against a real SuperLink."""
 
+import base64
 import contextlib
 import importlib
 import inspect
@@ -18,6 +19,7 @@ from client.in_hand import Memory
 from client.superlink import FleetError, FleetKeyError, Stopped
 from federation.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 TESTED = ("1.41.0",)
 """Versions of flwr with which the tests of this file were run."""
 
@@ -64,7 +66,7 @@ FUNCTIONS = {
     "flwr.supernode.fleet_http_client.FleetHttpClient.ConfirmMessageReceived": "self request",
     "flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor": "private_key public_key",
 }
-"""Every function that client.fleet uses and flwr does not promise, with its parameters."""
+"""Every function that client.flower uses and flwr does not promise, with its parameters."""
 
 MESSAGES = {
     "fleet_pb2.ActivateNodeRequest": "public_key heartbeat_interval",
@@ -119,7 +121,7 @@ def test_a_protobuf_message_has_the_fields_we_use(name: str) -> None:
 
 
 def test_every_private_name_of_the_node_is_in_the_list() -> None:
-    source = Path("client/fleet.py").read_text(encoding="utf-8")
+    source = (ROOT / "client" / "flower.py").read_text(encoding="utf-8")
     tree = __import__("ast").parse(source)
     imported = {
         f"{node.module}.{alias.name}"
@@ -131,7 +133,11 @@ def test_every_private_name_of_the_node_is_in_the_list() -> None:
     }
     listed = {*FUNCTIONS, *(f"flwr.proto.{name}" for name in MESSAGES)}
     missing = [name for name in imported if not any(known.startswith(name) for known in listed)]
-    assert sorted(missing) == ["flwr.app.message.Message", "flwr.proto.message_pb2.Message"]
+    assert sorted(missing) == [
+        "flwr.app.message.Message",
+        "flwr.proto.message_pb2.Message",
+        "flwr.supercore.inflatable.inflatable_utils.ObjectPullError",
+    ]
 
 
 def test_a_key_that_is_none_is_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -343,14 +349,11 @@ def test_a_message_that_expired_or_whose_objects_are_gone_is_let_go(
         assert connection.receive() is not None
         path = superlink.directory / "memory" / "asked.json"
         in_hand = json.loads(path.read_text())
-        from flwr.common.serde import message_to_proto
+        from flwr.proto.message_pb2 import Message as ProtoMessage
 
-        from client.fleet import _from_hand, _to_text
-        from client.in_hand import InHand
-
-        message, _ = _from_hand(InHand(**{**in_hand, "sessions": ()}))
+        message = ProtoMessage.FromString(base64.b64decode(in_hand["message"]))
         message.metadata.ttl = 0.0
-        in_hand["message"] = _to_text(message_to_proto(message).SerializeToString())
+        in_hand["message"] = base64.b64encode(message.SerializeToString()).decode()
         path.write_text(json.dumps(in_hand))
         assert connection.receive() is None
         assert not path.is_file()
