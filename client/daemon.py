@@ -210,16 +210,18 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
         raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
     head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
     lost = 0
-    while life.is_patient() and time.time() < asked.expires_at:
+
+    def is_wanted() -> bool:
+        return life.is_patient() and time.time() < asked.expires_at
+
+    while is_wanted():
         _keep_up(life, trainer)
         if not life.health.status.is_trainer_up:
             time.sleep(0.05)
             continue
         started = time.monotonic()
         try:
-            answer = ask(
-                life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=life.is_patient
-            )
+            answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
         except TrainerLostError:
             # One that is only being started does not listen yet: that is no fault of the message.
             lost += time.monotonic() - started > 1.0

@@ -14,7 +14,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ class Question:
     """Of the message."""
     adapter: str
     """Content digest: the adapter's name on both sides, whatever the message that brought it."""
+    is_repeated: bool = False
+    """Whether this very question was answered before: what leaves is that answer, and costs no
+    privacy that is not spent already."""
 
     @property
     def digest(self) -> str:
@@ -136,9 +139,9 @@ class Trainer:
         received = open_received(message, self._site, request)
         question = _question(values, request, settings, received, self._site)
         answers = Answers(self._site.state, request.run)
-        self._allow(question)
         kept = answers.find(request.server_round, question.digest)
         is_new = kept is None
+        self._allow(replace(question, is_repeated=not is_new))
         if kept is None:
             started = time.perf_counter()
             answer = answer_received(received, self._site, settings, request, scratch=scratch)
@@ -190,6 +193,9 @@ def read_head(head: bytes) -> tuple[dict[str, Any], RoundRequest, TrainingSettin
     training = values.get("training")
     if not isinstance(training, dict):
         raise LinkError("the head says no table of training settings")
+    wanted = values.get("metrics", [])
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise LinkError("the head's metrics are no list of names")
     settings = load_settings(TrainingSettings, training, "the run's training settings")
     return values, read_request(values), settings
 

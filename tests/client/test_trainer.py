@@ -126,6 +126,7 @@ def test_the_answer_is_what_the_round_gives_and_a_second_ask_is_read_from_disk(
         False,
     ]
     assert len(bench.noted) == 1
+    assert [question.is_repeated for question in bench.asked] == [False, True]
 
 
 def test_the_policy_sees_what_the_message_itself_says(bench: Bench, tiny_model: Path) -> None:
@@ -186,6 +187,7 @@ def test_numbers_that_the_run_does_not_ask_for_stay(bench: Bench, tiny_model: Pa
         ({"training": {}}, "the head's server_round is no whole number from 1 on"),
         ({"server_round": True, "training": {}}, "the head's server_round is no whole number"),
         ({"server_round": 1, "training": [1]}, "the head says no table of training settings"),
+        (head_of(metrics="seconds"), "the head's metrics are no list of names"),
         (head_of(training={"steps": 3}), "unknown setting 'steps'; known here"),
         (head_of(uplink="int3"), "the round's uplink is 'int3', this site knows"),
         (head_of(run="../../up"), "expected 1 to 64 hex digits, by which a site keeps"),
