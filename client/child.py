@@ -50,7 +50,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._wait, self._longest = RETRY_S
-        self._next_start = 0.0
+        self._started_at = self._next_start = 0.0
         self._failing_since: float | None = None
 
     @property
@@ -78,6 +78,7 @@ class Child:
                 self._command, stdin=subprocess.DEVNULL, env=self._environment
             )
             self._starts += 1
+            self._started_at = now
             self._say("child_started", child=self._name, pid=self._process.pid)
 
     def note_work(self) -> None:
@@ -100,6 +101,8 @@ class Child:
 
     def _note_end(self, code: int, now: float) -> None:
         self._say("child_ended", child=self._name, code=code)
+        if now - self._started_at >= self._patience_s:
+            self.note_work()  # whatever ended it now, it can be started
         if self._failing_since is None:
             self._failing_since = now
         if now - self._failing_since >= self._patience_s or code == 2:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class _Life:
     log: SiteLog
     health: Health
     stop: threading.Event
+    children: list[Child] = field(default_factory=list)
     drained_at: float = float("inf")
     """Time of `time.monotonic` after which nothing is waited for."""
 
@@ -104,7 +105,9 @@ def _trainer_child(life: _Life, command: Sequence[str]) -> Child | None:
     if not life.settings.is_child:
         return None
     words = [*command, "--parent", str(os.getpid())]
-    return Child("trainer", words, patience_s=TRAINER_PATIENCE_S, say=life.log.say)
+    trainer = Child("trainer", words, patience_s=TRAINER_PATIENCE_S, say=life.log.say)
+    life.children.append(trainer)
+    return trainer
 
 
 def _serve(life: _Life, trainer: Child | None) -> None:
@@ -149,7 +152,8 @@ def _keep_up(life: _Life, trainer: Child | None) -> None:
     if trainer is not None:
         trainer.keep_up()
     is_up = life.settings.socket.exists() and (trainer is None or trainer.is_running)
-    life.health.update(is_trainer_up=is_up, restarts=trainer.restarts if trainer else 0)
+    restarts = sum(child.restarts for child in life.children)
+    life.health.update(is_trainer_up=is_up, restarts=restarts)
 
 
 def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:
@@ -209,7 +213,7 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
     if missing:
         raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
     head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
-    lost = 0
+    before = trainer.restarts if trainer else 0
 
     def is_wanted() -> bool:
         return life.is_patient() and time.time() < asked.expires_at
@@ -219,12 +223,10 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
         if not life.health.status.is_trainer_up:
             time.sleep(0.05)
             continue
-        started = time.monotonic()
         try:
             answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
         except TrainerLostError:
-            # One that is only being started does not listen yet: that is no fault of the message.
-            lost += time.monotonic() - started > 1.0
+            lost = (trainer.restarts if trainer else 0) - before
             life.log.say("trainer_lost", lost=lost)
             if lost >= MAX_LOST:
                 raise LinkError(f"the trainer ended {lost} times while it answered") from None
@@ -252,13 +254,14 @@ def _supervise(life: _Life, trainer: Child | None) -> None:
         say=life.log.say,
         environment=supernode_environment(os.environ),
     )
+    life.children.append(supernode)
     try:
         while not life.stop.wait(0.2):
             _keep_up(life, trainer)
             if life.health.status.is_trainer_up:
                 supernode.keep_up()
-            restarts = supernode.restarts + (trainer.restarts if trainer else 0)
-            life.health.update(is_connected=supernode.is_running, restarts=restarts)
+            # Whether the SuperLink answers is the SuperNode's own secret: it ends when it does not.
+            life.health.update(is_connected=supernode.is_running)
     finally:
         supernode.end(GOODBYE_S)
 

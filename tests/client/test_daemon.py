@@ -189,6 +189,18 @@ def test_work_that_was_done_makes_the_count_start_anew(clock: Clock) -> None:
     assert child.restarts >= 3
 
 
+def test_two_ends_that_lie_far_apart_are_two_accidents(clock: Clock) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
+    for _ in range(5):
+        clock.now += 10
+        child.keep_up()
+        ended(child)
+        clock.now += 3600  # it ran for an hour
+        child.keep_up()
+    assert child.restarts >= 4
+
+
 def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
     command = [sys.executable, "-c", "raise SystemExit(2)"]
     child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
