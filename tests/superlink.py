@@ -61,6 +61,7 @@ class LocalSuperlink:
             ssl_keyfile=str(self.directory / "superlink.key"),
             log_level="critical",
             ws="none",
+            loop="asyncio",
             timeout_graceful_shutdown=1,
         )
         self.server = uvicorn.Server(config)
