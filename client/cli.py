@@ -3,6 +3,7 @@
 The federated way to the same training loop is `client.client_app`.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ app.add_typer(ledger_app, name="ledger")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]
+Config = Annotated[Path, typer.Option("--config", help="site.toml")]
 AdapterPath = Annotated[Path | None, typer.Option("--adapter", help="PEFT adapter directory.")]
 
 
@@ -112,6 +114,45 @@ def evaluate(
         data, base_model, adapter, max_tokens=max_tokens, batch_size=batch_size, dtype=dtype
     )
     print_result({"files": results}, as_json, lambda: _print_evaluation(results))
+
+
+@app.command()
+def daemon(config: Config) -> None:
+    """Be this site's Flower node: take messages, have the trainer answer them, reply. SIGTERM ends.
+
+    A round in hand is answered first.
+    """
+    from client.daemon import run_daemon
+    from client.site_settings import load_site
+
+    settings = load_site(config)
+    command = [sys.executable, "-m", "client.cli", "trainer", "--config", str(config.absolute())]
+    run_daemon(settings, command)
+
+
+@app.command()
+def trainer(
+    config: Config,
+    parent: Annotated[int | None, typer.Option(help="Process with which it ends.")] = None,
+) -> None:
+    """Own this site's data and model, and answer what its policy allows. SIGTERM ends it."""
+    from client.site_settings import load_site
+    from client.trainer import refuse_all, refuse_record
+    from client.trainer_service import run_trainer
+
+    run_trainer(load_site(config), allow=refuse_all, record=refuse_record, parent=parent)
+
+
+@app.command()
+def status(config: Config, as_json: Json = False) -> None:
+    """Say how this site's daemon is: connected or not, its run and round, its last answer."""
+    from client.site_settings import load_site
+    from client.status import describe, site_status
+
+    result = site_status(load_site(config))
+    print_result(result, as_json, lambda: typer.echo(describe(result)))
+    if not result["is_running"]:
+        raise typer.Exit(1)
 
 
 def _parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -7,18 +7,19 @@ for the next round of the same process. Nothing heavy is imported at the top.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from client.settings import TrainingSettings
 from client.site import Site
 from client.site_state import SiteState
 from federation.adapter import Adapter, read_from_model, train_only, write_into_model
 from federation.base_model import ModelError, model_digest
-from federation.header import holds_changes
-from federation.wire import Update, encode, open_update, reference_of
+from federation.header import DTYPES, FACTORS, holds_changes
+from federation.wire import Update, WireError, encode, open_update, reference_of
 
 if TYPE_CHECKING:
     from client.batches import Example
@@ -56,28 +57,65 @@ class Answer:
     """Mean over the round's steps, nats."""
 
 
+def read_request(record: Mapping[str, Any]) -> RoundRequest:
+    """Return a round's request; what it does not say has the value it had before it could.
+
+    Raises:
+        WireError: A value that this version does not know.
+    """
+    request = RoundRequest(
+        server_round=int(record["server_round"]),
+        **{
+            key: str(record[key])
+            for key in ("uplink", "downlink", "trains", "run")
+            if key in record
+        },
+    )
+    for key, value, known in (
+        ("uplink", request.uplink, DTYPES),
+        ("downlink", request.downlink, DTYPES),
+        ("trains", request.trains, FACTORS),
+    ):
+        if value not in known:
+            raise WireError(
+                f"the round's {key} is {value[:80]!r}, this site knows {', '.join(known)}: "
+                "install the same version of fedge on both sides"
+            )
+    return request
+
+
 def answer_round(
     message: Path, site: Site, settings: TrainingSettings, request: RoundRequest, *, scratch: Path
 ) -> Answer:
-    """Train the adapter of a message on the site's records.
+    """Train the adapter of a message on the site's records: `open_received`, `answer_received`."""
+    received = open_received(message, site, request)
+    return answer_received(received, site, settings, request, scratch=scratch)
+
+
+def answer_received(
+    received: Update,
+    site: Site,
+    settings: TrainingSettings,
+    request: RoundRequest,
+    *,
+    scratch: Path,
+) -> Answer:
+    """Train an adapter that was received on the site's records.
 
     What the next round needs is on the site's disk when this returns.
 
     Args:
-        message: The adapter or its change, as it came.
+        received: The adapter that the message brought.
         site: Whose records, model and state.
         settings: Of the training.
         request: What else the round asks.
         scratch: Directory for files that may go when this returns.
 
     Raises:
-        MissingReferenceError: The site does not hold what the message is a change of.
-        FedgeError: Message, model, data or state are not what they have to be, or the training
-            went astray.
+        FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
     from client.training import draw_batches, train
 
-    received = _open_received(message, site, request)
     adapter = received.adapter()
     if site.rank is not None:
         adapter = adapter.first_slices(site.rank)
@@ -96,7 +134,7 @@ def answer_round(
     return Answer(update, len(examples), sum(step.loss for step in steps) / len(steps))
 
 
-def _open_received(path: Path, site: Site, request: RoundRequest) -> Update:
+def open_received(path: Path, site: Site, request: RoundRequest) -> Update:
     """Check what the server sent; a change is opened on the adapter that this site kept.
 
     Raises:

@@ -8,11 +8,19 @@
     - DataError              client.records: a line of a data set
     - StudentError           distill.student: no legal student of that size
     - SiteStateError         client.site_state: what a site kept between rounds is damaged
+    - FleetKeyError          client.superlink: the SuperLink does not take the site's key
   - EventLogError            federation.events: a line of a run's log that cannot be read
   - WireError                federation.wire: bytes that are not the update they claim to be
     - MissingReferenceError  federation.wire: a change of an adapter that this side does not hold
   - AggregationError         federation.aggregation: updates that cannot be averaged
   - RoundError               federation.exchange: too few sites answered
+  - FleetError               client.superlink: the SuperLink refused a request
+  - RunOverError             client.superlink: nobody waits for a reply any more
+  - Stopped                  client.superlink: the node was told to leave
+  - LinkError                client.trainer_link: no question or no answer
+    - TrainerLostError       client.trainer_link: nobody answers at the trainer's socket
+  - Refused                  client.reasons: this site's policy does not allow it
+  - ChildError               client.child: a program of the site ends as soon as it is started
 
 Each message holds the value seen, what was expected, and the way out. No message ever holds
 text from a data set.

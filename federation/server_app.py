@@ -170,7 +170,7 @@ def _byte_array(path: Path) -> Array:
     return Array(dtype="uint8", shape=(size,), stype="numpy.ndarray", data=head.getvalue())
 
 
-def _bytes_of(array: Array) -> memoryview:
+def bytes_of(array: Array) -> memoryview:
     """Return the content of an array of bytes without a copy.
 
     Raises:
@@ -203,7 +203,7 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
         return Reply(
             site,
             server_round,
-            update=_bytes_of(message.content[ADAPTER][ADAPTER]),
+            update=bytes_of(message.content[ADAPTER][ADAPTER]),
             num_examples=int(result["num-examples"]),
             train_loss=float(result["train_loss"]),
             seconds=float(result["seconds"]),

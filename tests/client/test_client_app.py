@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 
 from client import client_app
+from client.reasons import SITE_ERROR
 from client.round import resident_model
 from federation.adapter import Adapter, initial_adapter
 from federation.base_model import model_digest
@@ -211,7 +212,7 @@ def test_on_a_real_site_the_simulation_record_is_never_read(
     assert reply.content["result"]["num-examples"] == 12
     del server.node["data"]
     code, reason = failure_of(server.ask(1, server.whole(), simulation=planted))
-    assert code == client_app.SITE_ERROR
+    assert code == SITE_ERROR
     assert "does not say its data" in reason
 
 
@@ -257,5 +258,5 @@ def test_a_round_that_this_site_does_not_know_is_refused_in_one_sentence(
     server: Server, request_of_the_round: dict[str, object], sentence: str
 ) -> None:
     code, reason = failure_of(server.ask(1, server.whole(), **request_of_the_round))
-    assert code == client_app.SITE_ERROR
+    assert code == SITE_ERROR
     assert sentence in reason

@@ -1,0 +1,142 @@
+"""The answers that a site gave, on its disk before they leave it.
+
+DIR/answers/<run>/<round>.json     the question's digest, the numbers beside the update
+                  <round>.update   the update; kept for the last rounds only
+
+A round that is asked again is answered with the same bytes: nothing is trained again, no noise is
+drawn again, nothing is charged again. The same round with another adapter or other settings is
+another question, and refused: whoever could ask a round anew could have its noise averaged out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from client.reasons import Refused
+from client.site_state import KEPT_S, SiteStateError
+from federation.atomic import write_atomically
+from federation.wire import WireError
+
+KEPT_ROUNDS = 2
+"""Rounds of a run whose updates are kept: the last, and the one before for a server set back."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An answer on disk."""
+
+    server_round: int
+    question: str
+    """sha256 of what was asked: see `client.trainer.question_digest`."""
+    adapter: str
+    """Content digest of the adapter that was asked about."""
+    sha256: str
+    """Of the update."""
+    num_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The numbers that leave with it."""
+
+
+class Answers:
+    """The answers of one site in one run."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            root: The site's state directory.
+            run: Random id of the run, in hex: it becomes part of a file name.
+
+        Raises:
+            WireError: ``run`` is no such id.
+        """
+        if not re.fullmatch("[0-9a-f]{1,64}", run):
+            raise WireError(
+                f"the run calls itself {run[:80]!r}: expected 1 to 64 hex digits, by which a site "
+                "keeps its answers"
+            )
+        self._root = root
+        self._directory = root / "answers" / run
+
+    def find(self, server_round: int, question: str) -> Kept | None:
+        """Return the answer that this question had before, or None.
+
+        Raises:
+            Refused: The round was answered, but to another question, or too long ago.
+            SiteStateError: What was kept is damaged.
+        """
+        path = self._directory / f"{server_round}.json"
+        if not path.is_file():
+            return None
+        try:
+            kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise self._damaged(path) from None
+        if kept.question != question:
+            raise Refused(
+                "replay",
+                f"round {server_round} of this run was answered for adapter "
+                f"{kept.adapter[:16]}…; a second answer with another adapter or other settings is "
+                "not given: go on with the next round",
+            )
+        if not self.path(kept).is_file():
+            raise Refused(
+                "replay",
+                f"round {server_round} of this run was answered, and its update is kept for "
+                f"{KEPT_ROUNDS} rounds only: go on with the next round",
+            )
+        with self.path(kept).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != kept.sha256:
+                raise self._damaged(self.path(kept))
+        return kept
+
+    def keep(
+        self,
+        server_round: int,
+        *,
+        question: str,
+        adapter: str,
+        update: bytes,
+        metrics: Mapping[str, float],
+    ) -> Kept:
+        """Put an answer on disk; it is there when this returns."""
+        # An update says something of the records behind it: it is for no other user of the machine.
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        digest = hashlib.sha256(update).hexdigest()
+        kept = Kept(server_round, question, adapter, digest, len(update), dict(metrics))
+        write_atomically(self.path(kept), update)
+        # Its description last: without it the update is not there.
+        write_atomically(
+            self._directory / f"{server_round}.json", json.dumps(asdict(kept), indent=2)
+        )
+        self._remove_old(server_round)
+        return kept
+
+    def path(self, kept: Kept) -> Path:
+        """Return the file of an update."""
+        return self._directory / f"{kept.server_round}.update"
+
+    def _damaged(self, path: Path) -> SiteStateError:
+        return SiteStateError(
+            f"{path} is damaged: restore it from a copy; the round cannot be answered again"
+        )
+
+    def _remove_old(self, server_round: int) -> None:
+        for path in self._directory.iterdir():
+            number = path.name.partition(".")[0]
+            if path.suffix == ".update" and int(number) <= server_round - KEPT_ROUNDS:
+                path.unlink()
+            elif not number:
+                path.unlink()  # what a kill left half written begins with a dot
+        for path in (self._root / "answers").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another run may be removing it too
+                if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
+                    shutil.rmtree(path)

@@ -1,0 +1,308 @@
+"""A site's daemon: takes a run's messages, asks the trainer, sends its answers.
+
+It executes nothing that a run brings, and knows neither the data nor the model: what may be
+answered, and with what, is the trainer's decision. Its own state is one message in hand, so that it
+may be killed at any moment: the next life takes that message up again.
+
+With ``node = "supernode"`` a stock flower-supernode takes the messages and the daemon only keeps it
+and the trainer running; the app of the run then holds the socket's other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from client.child import Child
+from client.claim import claim
+from client.health import Health, Status, health_endpoint
+from client.reasons import SITE_ERROR
+from client.site_log import SiteLog
+from client.site_settings import SiteSettings
+from client.trainer_link import Answered, LinkError, TrainerLostError, ask, request_head
+
+if TYPE_CHECKING:
+    from client.fleet import Asked, FleetNode
+
+TRAINER_PATIENCE_S = 120.0
+"""How long a trainer may end again and again: longer than a machine takes to free its memory."""
+SUPERNODE_PATIENCE_S = 90.0
+"""A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
+MAX_LOST = 5
+"""How many trainers one message may cost before it is answered with an error."""
+GOODBYE_S = 10.0
+"""How long a child may take to end once there is nothing in hand."""
+
+
+@dataclass
+class _Life:
+    """What the parts of a running daemon share."""
+
+    settings: SiteSettings
+    log: SiteLog
+    health: Health
+    stop: threading.Event
+    children: list[Child] = field(default_factory=list)
+    drained_at: float = float("inf")
+    """Time of `time.monotonic` after which nothing is waited for."""
+
+    def leave(self, *_: object) -> None:
+        """Begin to leave; for signals."""
+        if not self.stop.is_set():
+            self.drained_at = time.monotonic() + self.settings.drain_s
+            self.stop.set()
+
+    def is_patient(self) -> bool:
+        """Whether the round in hand may go on."""
+        return time.monotonic() < self.drained_at
+
+
+def run_daemon(settings: SiteSettings, trainer_command: Sequence[str]) -> None:
+    """Serve until SIGTERM; the round in hand is answered first.
+
+    Args:
+        settings: Of the site.
+        trainer_command: What starts the trainer as a child; "--parent PID" is added.
+
+    Raises:
+        UserError: Another daemon has the state, or the SuperLink does not take the key.
+        ChildError: The trainer ends as soon as it is started.
+    """
+    log = SiteLog("daemon", settings.log, settings.log_level)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claim(settings.memory, "daemon"))
+        status = Status(os.getpid(), node=settings.node)
+        health = Health(status, settings.memory / "status.json")
+        life = _Life(settings, log, health, threading.Event())
+        signal.signal(signal.SIGTERM, life.leave)
+        signal.signal(signal.SIGINT, life.leave)
+        if settings.health:
+            stack.enter_context(health_endpoint(settings.health, lambda: health.status))
+        log.say("daemon_ready", node=settings.node)
+        trainer = _trainer_child(life, trainer_command)
+        try:
+            if settings.node == "resident":
+                _serve(life, trainer)
+            else:
+                _supervise(life, trainer)
+        finally:
+            if trainer is not None:
+                trainer.end(GOODBYE_S)
+            health.update(is_connected=False, is_trainer_up=False, is_busy=False)
+            log.say("daemon_left")
+
+
+def _trainer_child(life: _Life, command: Sequence[str]) -> Child | None:
+    if not life.settings.is_child:
+        return None
+    words = [*command, "--parent", str(os.getpid())]
+    trainer = Child("trainer", words, patience_s=TRAINER_PATIENCE_S, say=life.log.say)
+    life.children.append(trainer)
+    return trainer
+
+
+def _serve(life: _Life, trainer: Child | None) -> None:
+    """Be the Flower node: receive, ask the trainer, reply."""
+    from client.fleet import FleetNode
+    from client.superlink import FleetError, Stopped
+
+    settings = life.settings
+
+    def say(event: str, **values: Any) -> None:
+        if event in ("connected", "superlink_back", "superlink_away"):
+            life.health.update(is_connected=event != "superlink_away")
+        life.log.say(event, **values)
+
+    _keep_up(life, trainer)
+    node = FleetNode(
+        settings.superlink,
+        settings.root_certificate,
+        settings.node_key,
+        memory=settings.memory,
+        stop=life.stop,
+        say=say,
+    )
+    with contextlib.suppress(Stopped), node:
+        wait = settings.poll_s
+        while not life.stop.is_set():
+            _keep_up(life, trainer)
+            asked = node.receive()
+            if asked is None:
+                life.stop.wait(wait)
+                wait = min(1.5 * wait, max(settings.poll_s, settings.idle_poll_s))
+                continue
+            wait = settings.poll_s
+            try:
+                _answer(life, node, trainer, asked)
+            except FleetError as error:
+                life.log.say("reply_lost", group=asked.group, reason=str(error))
+                node.give_up()
+
+
+def _keep_up(life: _Life, trainer: Child | None) -> None:
+    if trainer is not None:
+        trainer.keep_up()
+    is_up = life.settings.socket.exists() and (trainer is None or trainer.is_running)
+    restarts = sum(child.restarts for child in life.children)
+    life.health.update(is_trainer_up=is_up, restarts=restarts)
+
+
+def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:
+    """Answer the message in hand, or leave it in hand for the next life."""
+    from federation.server_app import ADAPTER, RESULT, SITE
+
+    life.log.say("asked", kind=asked.kind, group=asked.group, bundle=asked.bundle[:16])
+    life.health.update(run=str(asked.run_id), server_round=_number(asked.group), is_busy=True)
+    started = time.monotonic()
+    try:
+        answer = _answer_of(life, trainer, asked)
+        if answer is None:
+            return
+        if answer.code == 0:
+            is_taken = node.reply(
+                asked,
+                arrays={ADAPTER: answer.update},
+                metrics={RESULT: answer.head["metrics"]},
+                configs={SITE: {"name": answer.head["site"]}},
+                seconds=time.monotonic() - started,
+            )
+        else:
+            is_taken = node.reply_error(asked, answer.code, str(answer.head.get("reason", "")))
+    except LinkError as error:
+        is_taken = node.reply_error(asked, SITE_ERROR, str(error))
+        answer = Answered({"code": SITE_ERROR}, b"")
+    if not is_taken:
+        life.log.say("reply_lost", group=asked.group)
+    was = life.health.status
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    counts = (
+        {"num_answered": was.num_answered + 1, "last_answer_at": now}
+        if answer.code == 0
+        else {"num_refused": was.num_refused + 1}
+    )
+    life.health.update(is_busy=False, **counts)
+    life.log.say(
+        "replied",
+        group=asked.group,
+        code=answer.code,
+        num_bytes=len(answer.update),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | None:
+    """Return the trainer's answer, through as many of its lives as it takes; None = no time left.
+
+    Raises:
+        LinkError: The message is no question for a trainer.
+    """
+    from federation.server_app import ADAPTER, ROUND, TRAINING
+
+    if asked.kind != "train":
+        raise LinkError(f"this site answers train messages, not {asked.kind[:40]!r}")
+    missing = {ROUND, TRAINING} - asked.configs.keys() | {ADAPTER} - asked.arrays.keys()
+    if missing:
+        raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
+    head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
+    before = trainer.restarts if trainer else 0
+
+    def is_wanted() -> bool:
+        return life.is_patient() and time.time() < asked.expires_at
+
+    while is_wanted():
+        _keep_up(life, trainer)
+        if not life.health.status.is_trainer_up:
+            time.sleep(0.05)
+            continue
+        try:
+            answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
+        except TrainerLostError:
+            lost = (trainer.restarts if trainer else 0) - before
+            life.log.say("trainer_lost", lost=lost)
+            if lost >= MAX_LOST:
+                raise LinkError(f"the trainer ended {lost} times while it answered") from None
+            time.sleep(0.1)
+            continue
+        if trainer is not None:
+            trainer.note_work()
+        return answer
+    return None
+
+
+def _number(group: str) -> int:
+    return int(group) if group.isdecimal() and len(group) < 10 else 0
+
+
+def _supervise(life: _Life, trainer: Child | None) -> None:
+    """Keep a stock SuperNode running beside the trainer."""
+    settings = life.settings
+    with _free_port() as port:
+        command = supernode_command(settings, port)
+    supernode = Child(
+        "SuperNode",
+        command,
+        patience_s=SUPERNODE_PATIENCE_S,
+        say=life.log.say,
+        environment=supernode_environment(os.environ),
+    )
+    life.children.append(supernode)
+    try:
+        while not life.stop.wait(0.2):
+            _keep_up(life, trainer)
+            if life.health.status.is_trainer_up:
+                supernode.keep_up()
+            # Whether the SuperLink answers is the SuperNode's own secret: it ends when it does not.
+            life.health.update(is_connected=supernode.is_running)
+    finally:
+        supernode.end(GOODBYE_S)
+
+
+def supernode_command(settings: SiteSettings, port: int) -> list[str]:
+    """Return the command of a stock SuperNode whose app finds the trainer's socket.
+
+    Args:
+        settings: Of the site.
+        port: On loopback, for the SuperNode's own processes.
+    """
+    name = settings.name.replace("\\", "").replace('"', "")
+    return [
+        str(Path(sys.executable).with_name("flower-supernode")),
+        *("--superlink", settings.superlink),
+        *("--root-certificates", str(settings.root_certificate)),
+        *("--auth-supernode-private-key", str(settings.node_key)),
+        *("--port", str(port)),
+        *("--node-config", f'trainer="{settings.socket}" name="{name}"'),
+    ]
+
+
+def supernode_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a stock SuperNode: nothing calls home, nothing is installed.
+
+    It finds its own programs by PATH, and asks for a message's work every 0.05 s, not every 1 s.
+    """
+    here = str(Path(sys.executable).parent)
+    return {
+        "PATH": f"{here}{os.pathsep}{own.get('PATH', '')}",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    }
+
+
+@contextlib.contextmanager
+def _free_port() -> Iterator[int]:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield int(probe.getsockname()[1])

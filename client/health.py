@@ -1,0 +1,120 @@
+"""How a site's daemon is: in memory, on disk for `client status`, on loopback for a watchdog."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from federation.atomic import write_atomically
+from federation.errors import UserError
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a daemon knows of itself. Names and numbers only."""
+
+    pid: int
+    node: str = "resident"
+    """Kind of node."""
+    is_connected: bool = False
+    """Whether the SuperLink answered the last request."""
+    is_trainer_up: bool = False
+    run: str = ""
+    """Of the message in hand, or of the last one."""
+    server_round: int = 0
+    is_busy: bool = False
+    """Whether a message is in hand."""
+    num_answered: int = 0
+    num_refused: int = 0
+    """Errors that were sent as answers, refusals among them."""
+    last_answer_at: str = ""
+    """Time in UTC."""
+    restarts: int = 0
+    """How often a child was started again in this life of the daemon."""
+
+
+class Health:
+    """The status of a daemon that runs."""
+
+    def __init__(self, status: Status, path: Path) -> None:
+        """Write the first status to ``path``."""
+        self._lock = threading.Lock()
+        self._status = status
+        self._path = path
+        self._write()
+
+    @property
+    def status(self) -> Status:
+        """As it is now."""
+        return self._status
+
+    def update(self, **changes: Any) -> None:
+        """Change values of the status; on disk when this returns, if anything is new."""
+        with self._lock:
+            changed = replace(self._status, **changes)
+            if changed != self._status:
+                self._status = changed
+                self._write()
+
+    def _write(self) -> None:
+        write_atomically(self._path, json.dumps(asdict(self._status), indent=2))
+
+
+def read_status(path: Path) -> Status | None:
+    """Return what a daemon wrote last, or None."""
+    try:
+        return Status(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]:
+    """Answer GET /healthz on loopback for the time of a block; yield the port.
+
+    200 while the trainer is up and the SuperLink answers, 503 else; the body is the status.
+
+    Args:
+        address: HOST:PORT; port 0 takes a free one.
+        status: Asked for every request.
+
+    Raises:
+        UserError: The port is taken.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            now = status()
+            is_well = now.is_trainer_up and now.is_connected
+            if self.path != "/healthz":
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
+            body = json.dumps({"status": "ok" if is_well else "down", **asdict(now)}).encode()
+            self.send_response(HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:  # a watchdog asks every few seconds
+            pass
+
+    host, _, port = address.rpartition(":")
+    try:
+        server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+    except OSError as error:
+        raise UserError(f"health {address}: {error.strerror}: choose another port") from None
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()

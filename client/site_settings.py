@@ -1,0 +1,122 @@
+"""site.toml: what a site says of itself to its own daemon and trainer.
+
+Paths are relative to the directory of the file. Nothing here is sent anywhere; the name is, beside
+an update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from client.site import Site
+from client.trainer_link import LONGEST_PATH
+from federation.settings import Settings, SettingsError, load_settings, read_toml
+
+
+class SiteSettings(Settings):
+    """One institution's node and trainer."""
+
+    superlink: Annotated[str, Field(pattern=r"^[^/\s]+:[0-9]{1,5}$")]
+    """HOST:PORT of the coordinator's port for sites."""
+    root_certificate: Path
+    """PEM file of the CA that signed the coordinator's certificate."""
+    node_key: Path
+    """This site's private key, as `ssh-keygen -t ecdsa -b 384` makes it; the coordinator registers
+    its public half."""
+    base_model: Path
+    """Directory of the base model (Hugging Face layout)."""
+    data: Path
+    """JSONL file of this site's records."""
+    state: Path
+    """Directory for what must survive a restart; no other site's and no other daemon's."""
+    name: Annotated[str, Field(max_length=64)] = ""
+    """What the site calls itself, for the coordinator's tables."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Slices of the adapter that it trains; none = all."""
+    node: Literal["resident", "supernode"] = "resident"
+    """resident: the daemon is the Flower node and runs no code of a run. supernode: a stock
+    flower-supernode is, which runs the app that a run brings; give that one a user of its own."""
+    trainer: Path = Path("child")
+    """"child": the daemon starts the trainer and ends it. Else the socket of a trainer that is
+    started apart, as another user, with this same file."""
+    socket_group: str = ""
+    """Group that may speak to the trainer, where the node runs as another user: the socket has mode
+    0660 then. Empty = the trainer's own user only, 0600."""
+    node_state: Path | None = None
+    """Directory of the daemon's own state, where it may not read ``state``; none = in ``state``."""
+    health: Annotated[str, Field(pattern=r"^(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}$|^$")] = ""
+    """HOST:PORT on loopback of GET /healthz; empty = none."""
+    poll_s: Annotated[float, Field(gt=0, le=60)] = 0.1
+    """Seconds between two looks for a message while there is work."""
+    idle_poll_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """To what they grow while there is none."""
+    drain_s: Annotated[float, Field(ge=0)] = 3600.0
+    """How long SIGTERM lets the round in hand go on."""
+    max_message_bytes: Annotated[int, Field(ge=1)] = 1 << 32
+    """Largest message that the trainer takes in."""
+    log: Path | None = None
+    """File of the log; none = stderr."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("health")
+    @classmethod
+    def _port_exists(cls, value: str) -> str:
+        if value and int(value.rpartition(":")[2]) > 65535:
+            raise ValueError(f"health is {value!r}: expected a port up to 65535")
+        return value
+
+    @model_validator(mode="after")
+    def _socket_fits(self) -> Self:
+        if len(str(self.socket).encode()) > LONGEST_PATH:
+            raise ValueError(
+                f"the trainer's socket {self.socket.name} would have a path of more than "
+                f"{LONGEST_PATH} bytes, which no system takes: choose a shorter state or trainer"
+            )
+        return self
+
+    @property
+    def is_child(self) -> bool:
+        """Whether the daemon starts the trainer itself."""
+        return self.trainer == Path("child")
+
+    @property
+    def socket(self) -> Path:
+        """Where the trainer listens."""
+        return self.state / "socket" / "trainer" if self.is_child else self.trainer
+
+    @property
+    def memory(self) -> Path:
+        """Where the daemon keeps what it must know after a restart."""
+        return self.node_state or self.state / "node"
+
+    @property
+    def site(self) -> Site:
+        """What the training needs."""
+        return Site(self.base_model, self.data, self.name, self.state, self.rank)
+
+
+_PATHS = (
+    *("root_certificate", "node_key", "base_model", "data"),
+    *("state", "node_state", "trainer", "log"),
+)
+
+
+def load_site(path: Path) -> SiteSettings:
+    """Return the settings of a site.toml, with absolute paths.
+
+    Raises:
+        SettingsError: The file is missing, or a key is unknown, missing or out of range.
+    """
+    values = read_toml(path)
+    here = path.absolute().parent
+    for key in _PATHS:
+        value = values.get(key)
+        if isinstance(value, str) and not (key == "trainer" and value == "child"):
+            values[key] = str(here / Path(value).expanduser())
+    return load_settings(SiteSettings, values, path.name)
+
+
+__all__ = ["SettingsError", "SiteSettings", "load_site"]

@@ -1,0 +1,117 @@
+"""Requests to a SuperLink that may be away, and what its refusals mean.
+
+While a SuperLink is restarted or the line is down, a site waits and asks again, with growing pauses
+that are drawn so that many sites do not come back in the same moment. What a SuperLink refuses is
+no matter of waiting and becomes an error of its own kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from federation.errors import FedgeError, UserError
+
+RETRY_S = (0.2, 10.0)
+"""First and longest wait before the next try."""
+MAX_FAULTS = 10
+"""Tries of one request that the SuperLink answers with 500: its fault, but perhaps not the next."""
+
+
+class FleetError(FedgeError):
+    """The SuperLink refused a request."""
+
+
+class FleetKeyError(UserError):
+    """The SuperLink does not take this site's key."""
+
+
+class RunOverError(FedgeError):
+    """The run of a message is over: nobody waits for its reply."""
+
+
+class Stopped(FedgeError):  # noqa: N818 - not a fault: the node was told to leave
+    """The node was told to leave while it waited for the SuperLink."""
+
+
+class Superlink:
+    """One SuperLink, as far as it is there or not."""
+
+    def __init__(self, stop: threading.Event, say: Callable[..., None]) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            stop: Set by whoever wants to leave; every wait ends then.
+            say: Called with the name of an event and its values.
+        """
+        self._stop = stop
+        self._say = say
+        self.is_away = False
+
+    def call(self, method: Callable[[Any], Any], request: Any) -> Any:
+        """Make a request; while the SuperLink is away, again and again.
+
+        Raises:
+            FleetKeyError: 401.
+            RunOverError: 403.
+            FleetError: The SuperLink refuses the request, or its certificate is not the right one.
+            Stopped: Told to leave.
+        """
+        wait, longest = RETRY_S
+        faults = 0
+        while True:
+            try:
+                answer = method(request)
+            except httpx.HTTPStatusError as error:
+                status = error.response.status_code
+                faults += status == httpx.codes.INTERNAL_SERVER_ERROR
+                if status < 500 or faults >= MAX_FAULTS:
+                    raise _refusal(status, error.response.text) from None
+                reason = f"HTTP {status}"
+            except httpx.TransportError as error:
+                if "certificate" in str(error).lower():
+                    raise FleetError(
+                        "the SuperLink's certificate is not signed by root_certificate, or is for "
+                        "another host: compare both with what the coordinator gave out"
+                    ) from None
+                reason = type(error).__name__
+            else:
+                if self.is_away:
+                    self.is_away = False
+                    self._say("superlink_back")
+                return answer
+            if not self.is_away:
+                self.is_away = True
+                self._say("superlink_away", reason=reason)
+            self.pause(wait * random.uniform(0.5, 1.0))  # noqa: S311 - no secret, only apart
+            wait = min(2 * wait, longest)
+
+    def pause(self, seconds: float) -> None:
+        """Wait.
+
+        Raises:
+            Stopped: Told to leave.
+        """
+        if self._stop.wait(seconds):
+            raise Stopped("the node was told to leave")
+
+
+def _refusal(status: int, text: str) -> FedgeError:
+    """Return what an HTTP status means that is no matter of waiting."""
+    if status == httpx.codes.UNAUTHORIZED:
+        return FleetKeyError(
+            "the SuperLink does not accept this site's key: ask the coordinator to register its "
+            "public half, and compare this machine's clock (5 minutes off is refused)"
+        )
+    if status == httpx.codes.FORBIDDEN:
+        return RunOverError("the run is over")
+    code = ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        code = f" [{int(json.loads(text)['code'])}]"
+    return FleetError(f"the SuperLink refused a request: HTTP {status}{code}")

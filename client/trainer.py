@@ -1,0 +1,226 @@
+"""What a site does with a question: may it be answered, was it answered before, train, keep, note.
+
+The order is the guarantee. Nothing is trained before it was allowed; the answer is on disk before
+it is noted as spent, and it is noted before a byte of it leaves. A crash between any two of these
+leads to the same bytes or to none, and never to a second draw of noise.
+
+No socket and no thread here: `client.trainer_service` has those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from client.answers import Answers, Kept
+from client.reasons import Refused, code_and_reason
+from client.round import RoundRequest, answer_received, open_received, read_request
+from client.settings import TrainingSettings
+from client.site import Site
+from client.trainer_link import LinkError, read_object
+from federation.settings import load_settings
+from federation.wire import Update
+
+METRICS = ("num-examples", "train_loss", "seconds")
+"""The numbers that a run gets beside the update if it does not say which it wants."""
+_NOT_ASKED = ("bundle", "signature")
+"""Keys of a head that say who asks, not what: the same question may come another way."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a run asks of this site in one round: what its policy judges."""
+
+    head: Mapping[str, Any] = field(repr=False)
+    """As it came, parsed."""
+    request: RoundRequest
+    settings: TrainingSettings
+    base_model: str
+    """Digest, in hex. This and what follows is read from the message itself."""
+    rank: int
+    """Of what this site trains: its own rank may be below the message's."""
+    alpha: float
+    modules: tuple[str, ...]
+    num_bytes: int
+    """Of the message."""
+    adapter: str
+    """Content digest: the adapter's name on both sides, whatever the message that brought it."""
+    is_repeated: bool = False
+    """Whether this very question was answered before: what leaves is that answer, and costs no
+    privacy that is not spent already."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that decides the answer."""
+        asked = {key: value for key, value in self.head.items() if key not in _NOT_ASKED}
+        text = json.dumps({**asked, "adapter": self.adapter}, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What goes back over the socket."""
+
+    head: Mapping[str, Any]
+    update: Path | None = None
+
+
+Allow = Callable[[Question], None]
+"""Returns when this site's policy allows a question; raises `client.reasons.Refused` else."""
+Record = Callable[[Question, Kept], None]
+"""Puts what is about to leave into this site's ledger; it is on disk when this returns. Called
+again for an answer that is sent again: it notes an answer once."""
+
+
+def refuse_all(_: Question) -> None:
+    """Be the policy of a site that has none: nothing is allowed.
+
+    Raises:
+        Refused: Always.
+    """
+    raise Refused("no policy", "this site has no policy, and answers nothing without one")
+
+
+def refuse_record(_: Question, __: Kept) -> None:
+    """Be the ledger of a site that has none: nothing leaves.
+
+    Raises:
+        Refused: Always.
+    """
+    raise Refused("no ledger", "this site has no ledger, and nothing leaves without one")
+
+
+class Trainer:
+    """One site's model, data and state, behind its policy and its ledger."""
+
+    def __init__(
+        self, site: Site, *, allow: Allow, record: Record, say: Callable[..., None]
+    ) -> None:
+        """Nothing is loaded before the first question that is allowed.
+
+        Args:
+            site: Whose model, data and state.
+            allow: The policy.
+            record: The ledger.
+            say: Called with the name of an event and its values, for the log.
+        """
+        self._site = site
+        self._allow = allow
+        self._record = record
+        self._say = say
+
+    def answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
+        """Return the answer to a question; whatever goes wrong is an answer too.
+
+        Args:
+            head: JSON, as it came.
+            message: The adapter or its change, as it came.
+            scratch: Directory for files that may go when this returns.
+        """
+        try:
+            return self._answer(head, message, scratch)
+        except Exception as error:
+            site = self._site
+            own = [str(path) for path in (site.data, site.base_model, site.state)]
+            code, reason = code_and_reason(error, own)
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+            self._say("question_failed", code=code, error=type(error).__name__, where=where)
+            return Reply({"code": code, "reason": reason})
+
+    def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
+        values, request, settings = read_head(head)
+        received = open_received(message, self._site, request)
+        question = _question(values, request, settings, received, self._site)
+        answers = Answers(self._site.state, request.run)
+        kept = answers.find(request.server_round, question.digest)
+        is_new = kept is None
+        self._allow(replace(question, is_repeated=not is_new))
+        if kept is None:
+            started = time.perf_counter()
+            answer = answer_received(received, self._site, settings, request, scratch=scratch)
+            kept = answers.keep(
+                request.server_round,
+                question=question.digest,
+                adapter=question.adapter,
+                update=answer.update,
+                metrics=_chosen(
+                    values,
+                    {
+                        "num-examples": answer.num_examples,
+                        "train_loss": answer.train_loss,
+                        "seconds": time.perf_counter() - started,
+                    },
+                ),
+            )
+        self._record(question, kept)
+        self._say(
+            "answered",
+            run=request.run,
+            server_round=request.server_round,
+            num_bytes=kept.num_bytes,
+            is_new=is_new,
+        )
+        return Reply(
+            {
+                "code": 0,
+                "metrics": dict(kept.metrics),
+                "site": self._site.name,
+                "num_bytes": kept.num_bytes,
+            },
+            answers.path(kept),
+        )
+
+
+def read_head(head: bytes) -> tuple[dict[str, Any], RoundRequest, TrainingSettings]:
+    """Return a head's values, and the two parts of them that a round is trained by.
+
+    Raises:
+        LinkError: The head is no JSON object, or says no round.
+        WireError: It names a format or a factor that this version does not know.
+        SettingsError: A training setting is unknown or out of range.
+    """
+    values = read_object(head)
+    server_round = values.get("server_round")
+    if type(server_round) is not int or server_round < 1:
+        raise LinkError("the head's server_round is no whole number from 1 on")
+    training = values.get("training")
+    if not isinstance(training, dict):
+        raise LinkError("the head says no table of training settings")
+    wanted = values.get("metrics", [])
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise LinkError("the head's metrics are no list of names")
+    settings = load_settings(TrainingSettings, training, "the run's training settings")
+    return values, read_request(values), settings
+
+
+def _question(
+    values: Mapping[str, Any],
+    request: RoundRequest,
+    settings: TrainingSettings,
+    received: Update,
+    site: Site,
+) -> Question:
+    return Question(
+        values,
+        request,
+        settings,
+        base_model=received.base_model,
+        rank=received.rank if site.rank is None else min(site.rank, received.rank),
+        alpha=received.alpha,
+        modules=tuple(sorted(received.shapes())),
+        num_bytes=received.num_bytes,
+        adapter=received.sha256_of_content,
+    )
+
+
+def _chosen(values: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the numbers that the run asked for, of those there are."""
+    wanted = values.get("metrics", METRICS)
+    return {name: metrics[name] for name in wanted if name in metrics}

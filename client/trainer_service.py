@@ -1,0 +1,264 @@
+"""The trainer's process: a socket with one method, and one question at a time behind it.
+
+gRPC's threads take messages in and give answers out; the main thread answers, so that the training
+has the process as a command has it. A caller that dies while its question is answered changes
+nothing: the answer is on disk, and whoever asks again gets it.
+
+SIGTERM lets the question in hand be answered, up to ``drain_s``; then the process leaves, as it
+would leave from a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from client.claim import claim
+from client.site_log import SiteLog
+from client.site_settings import SiteSettings
+from client.trainer import Allow, Record, Reply, Trainer
+from client.trainer_link import (
+    CHUNK_BYTES,
+    METHOD,
+    LinkError,
+    read_parts,
+    spool,
+    write_parts,
+)
+from federation.errors import UserError
+
+if TYPE_CHECKING:
+    from client.trainer_pb2 import Part
+
+CALLS = 4
+"""Calls at the same time; more are refused. One is answered, the others wait for it."""
+READ_S = 900.0
+"""How long a caller may take to send its question."""
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A question that was taken in."""
+
+    head: bytes
+    directory: Path
+    """Holds the message, and is the answer's scratch directory."""
+    is_wanted: Callable[[], bool]
+    reply: futures.Future[Reply] = field(default_factory=futures.Future)
+
+    @property
+    def message(self) -> Path:
+        return self.directory / "message"
+
+
+def run_trainer(
+    settings: SiteSettings, *, allow: Allow, record: Record, parent: int | None = None
+) -> None:
+    """Serve until SIGTERM.
+
+    Args:
+        settings: Of the site.
+        allow: The policy: see `client.trainer.Allow`.
+        record: The ledger: see `client.trainer.Record`.
+        parent: Process with which this one ends, or None.
+
+    Raises:
+        UserError: Another trainer has the state or the socket.
+    """
+    log = SiteLog("trainer", settings.log, settings.log_level)
+    calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()  # a signal handler may put
+    leaving, closed = threading.Event(), threading.Event()
+
+    def leave(*_: object) -> None:
+        if leaving.is_set():
+            return
+        leaving.set()
+        log.say("leaving")
+        calls.put(None)
+        drained = threading.Timer(settings.drain_s, os._exit, [1])
+        drained.daemon = True
+        drained.start()
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
+    if parent is not None:
+        end_with(parent)
+    trainer = Trainer(settings.site, allow=allow, record=record, say=log.say)
+    with (
+        claim(
+            settings.state,
+            "trainer",
+            wait_s=settings.drain_s,
+            is_wanted=lambda: not leaving.is_set(),
+        ),
+        _spool_directory(settings.state) as spools,
+        _listening(settings, spools, calls, closed),
+    ):
+        log.say("trainer_ready")
+        _answer_calls(trainer, calls, leaving)
+        closed.set()
+    log.say("trainer_left")
+
+
+def end_with(parent: int) -> None:
+    """Get SIGTERM when a parent process dies, `kill -9` included. Linux only; else nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _answer_calls(
+    trainer: Trainer, calls: queue.SimpleQueue[_Call | None], leaving: threading.Event
+) -> None:
+    while not leaving.is_set():
+        call = calls.get()
+        if call is None:
+            return
+        if not call.is_wanted():
+            call.reply.cancel()
+            continue
+        call.reply.set_result(trainer.answer(call.head, call.message, call.directory))
+
+
+@contextlib.contextmanager
+def _spool_directory(state: Path) -> Iterator[Path]:
+    """Yield an empty directory for messages in flight; what a kill left there is removed."""
+    directory = state / "spool"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _listening(
+    settings: SiteSettings,
+    spools: Path,
+    calls: queue.SimpleQueue[_Call | None],
+    closed: threading.Event,
+) -> Iterator[None]:
+    """Serve the socket for the time of a block; the answers under way go out before it ends.
+
+    Args:
+        settings: Of the site.
+        spools: Directory for the messages in flight.
+        calls: Where the questions go.
+        closed: Set when no more of them are answered.
+    """
+    import grpc
+
+    from client.trainer_pb2 import Part
+
+    def answer(parts: Iterator[Part], context: Any) -> Iterator[Part]:
+        directory = Path(tempfile.mkdtemp(dir=spools))
+        try:
+            reply = _ask(parts, context, directory)
+            yield from _reply_parts(reply)
+        except LinkError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except futures.CancelledError:
+            context.abort(grpc.StatusCode.CANCELLED, "nobody waits for the answer")
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _ask(parts: Iterator[Part], context: Any, directory: Path) -> Reply:
+        slow = threading.Timer(READ_S, context.cancel)
+        slow.start()
+        try:
+            head, chunks = read_parts(parts)
+            call = _Call(head, directory, context.is_active)
+            with call.message.open("wb") as file:
+                spool(chunks, file, settings.max_message_bytes)
+        finally:
+            slow.cancel()
+        calls.put(call)
+        while not closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                return call.reply.result(timeout=0.5)
+        raise futures.CancelledError
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        answer, request_deserializer=Part.FromString, response_serializer=Part.SerializeToString
+    )
+    service, _, method = METHOD.strip("/").partition("/")
+    server = grpc.server(
+        futures.ThreadPoolExecutor(CALLS, "call"),
+        handlers=[grpc.method_handlers_generic_handler(service, {method: handler})],
+        maximum_concurrent_rpcs=CALLS,
+    )
+    with _socket(settings, server):
+        yield
+        server.stop(grace=60).wait()
+
+
+@contextlib.contextmanager
+def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
+    """Start a server on the site's socket, closed to all but its owner or one group.
+
+    Raises:
+        UserError: Another trainer listens there, or the group is unknown.
+    """
+    path = settings.socket
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists() and not _is_stale(path):
+        raise UserError(f"a trainer listens on {path} already: end it, or choose another socket")
+    path.unlink(missing_ok=True)
+    before = os.umask(0o177)  # no moment in which anybody else could connect
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(before)
+    if settings.socket_group:
+        try:
+            shutil.chown(path, group=settings.socket_group)
+            shutil.chown(path.parent, group=settings.socket_group)
+        except (LookupError, OSError) as error:
+            raise UserError(
+                f"socket_group {settings.socket_group!r}: {error}: name a group that the "
+                "trainer's user is a member of"
+            ) from None
+        path.chmod(0o660)
+        path.parent.chmod(0o710)
+    server.start()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path) -> bool:
+    """Return whether nobody listens on a socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
+
+
+def _reply_parts(reply: Reply) -> Iterator[Part]:
+    import json
+
+    head = json.dumps(dict(reply.head)).encode()
+    if reply.update is None:
+        yield from write_parts(head, [])
+        return
+    with reply.update.open("rb") as file:
+        yield from write_parts(head, iter(lambda: file.read(CHUNK_BYTES), b""))

@@ -1,0 +1,323 @@
+"""The daemon's parts, each by itself; the whole of it is in tests/end_to_end."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import child as child_module
+from client.child import Child, ChildError
+from client.claim import claim
+from client.daemon import supernode_command
+from client.health import Health, Status, health_endpoint, read_status
+from client.site_log import SiteLog
+from client.site_settings import SiteSettings, load_site
+from client.status import describe, site_status
+from federation.errors import UserError
+from federation.settings import SettingsError
+
+SITE = {
+    "superlink": "flower.example:443",
+    "root_certificate": "ca.crt",
+    "node_key": "node",
+    "base_model": "base",
+    "data": "data.jsonl",
+    "state": "state",
+}
+
+
+def write_site(directory: Path, **more: Any) -> Path:
+    values = {**SITE, **more}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    path = directory / "site.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# Settings
+
+
+def test_paths_are_relative_to_the_file_and_the_rest_has_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/site")
+    settings = load_site(write_site(tmp_path, data="~/records.jsonl", rank=4, log="logs/a.log"))
+    assert settings.site.base_model == tmp_path / "base"
+    assert settings.site.data == Path("/home/site/records.jsonl")
+    assert settings.log == tmp_path / "logs" / "a.log"
+    assert settings.is_child
+    assert settings.socket == tmp_path / "state" / "socket" / "trainer"
+    assert settings.memory == tmp_path / "state" / "node"
+    assert settings.site.rank == 4
+    apart = load_site(write_site(tmp_path, trainer="/run/fedge/trainer", node_state="mine"))
+    assert not apart.is_child
+    assert (apart.socket, apart.memory) == (Path("/run/fedge/trainer"), tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"superlink": None}, "setting 'superlink' is missing"),
+        (
+            {"superlink": "https://flower.example"},
+            "setting 'superlink' is 'https://flower.example'",
+        ),
+        ({"node": "other"}, "setting 'node' is 'other'"),
+        ({"rank": 0}, "setting 'rank' is 0"),
+        ({"health": "0.0.0.0:80"}, "setting 'health' is '0.0.0.0:80'"),
+        ({"health": "127.0.0.1:70000"}, "expected a port up to 65535"),
+        ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: base_model, data,"),
+        ({"state": "s" * 101}, "choose a shorter state or trainer"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_sentence(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_site(write_site(tmp_path, **change))
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("site.toml: ")
+
+
+def test_the_stock_supernode_gets_the_socket_and_nothing_of_the_site(tmp_path: Path) -> None:
+    settings = load_site(write_site(tmp_path, name='the "bank"', node="supernode"))
+    command = supernode_command(settings, 9100)
+    assert command[-2:] == ["--node-config", f'trainer="{settings.socket}" name="the bank"']
+    assert str(settings.data) not in " ".join(command)
+    assert command[command.index("--superlink") + 1] == "flower.example:443"
+
+
+# One process a directory
+
+
+def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from client.claim import claim\n"
+        "with claim(Path(sys.argv[1]), 'daemon'): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "state")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with (
+        pytest.raises(UserError, match="another daemon works in"),
+        claim(tmp_path / "state", "daemon"),
+    ):
+        pass
+    with claim(tmp_path / "state", "trainer"):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.communicate()
+    with claim(tmp_path / "state", "daemon", wait_s=5):
+        assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+
+
+# A program that is kept running
+
+
+class Clock:
+    """`time.monotonic` of client.child, set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(child_module, "time", made)
+    return made
+
+
+def ended(child: Child) -> None:
+    """Wait until the process is gone; the daemon has not noticed yet."""
+    assert child._process is not None
+    child._process.wait(30)
+
+
+def test_a_program_that_ends_is_started_again_more_and_more_slowly_and_then_given_up(
+    clock: Clock,
+) -> None:
+    said: list[tuple[str, dict[str, Any]]] = []
+    command = [sys.executable, "-c", "raise SystemExit(3)"]
+    child = Child("trainer", command, patience_s=5, say=lambda e, **v: said.append((e, v)))
+    starts = []
+    with pytest.raises(
+        ChildError, match=r"the trainer ended with exit code 3, .* for 8 s: its log"
+    ):
+        for _ in range(200):
+            before = child.restarts, child.is_running
+            child.keep_up()
+            if child.is_running or child.restarts > before[0]:
+                starts.append(clock.now)
+            ended_now = child._process is not None
+            if ended_now:
+                ended(child)
+            clock.now += 0.25
+    assert [round(b - a, 2) for a, b in pairwise(starts)][:3] == [
+        0.75,
+        1.25,
+        2.25,
+    ]
+    assert {values.get("code") for event, values in said if event == "child_ended"} == {3}
+
+
+def test_work_that_was_done_makes_the_count_start_anew(clock: Clock) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    child = Child("trainer", command, patience_s=2, say=lambda *_, **__: None)
+    for _ in range(6):
+        child.keep_up()
+        if child._process is not None:
+            ended(child)
+        child.keep_up()
+        child.note_work()
+        clock.now += 3
+    assert child.restarts >= 3
+
+
+def test_two_ends_that_lie_far_apart_are_two_accidents(clock: Clock) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
+    for _ in range(5):
+        clock.now += 10
+        child.keep_up()
+        ended(child)
+        clock.now += 3600  # it ran for an hour
+        child.keep_up()
+    assert child.restarts >= 4
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(2)"]
+    child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
+    child.keep_up()
+    ended(child)
+    with pytest.raises(ChildError, match="it needs a change that only you can make"):
+        child.keep_up()
+
+
+def test_a_program_that_does_not_end_is_made_to() -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    child = Child("trainer", [sys.executable, "-c", code], patience_s=1, say=lambda *_, **__: None)
+    child.keep_up()
+    process = child._process
+    assert process is not None
+    while b"SigIgn:\t0000000000000000" in Path(f"/proc/{process.pid}/status").read_bytes():
+        time.sleep(0.01)
+    child.end(0.3)
+    assert process.returncode is not None
+    assert not child.is_running
+
+
+# Health
+
+
+def request(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    return response.status, body
+
+
+def test_the_endpoint_says_503_unless_trainer_and_coordinator_are_there(tmp_path: Path) -> None:
+    health = Health(Status(os.getpid()), tmp_path / "status.json")
+    with health_endpoint("127.0.0.1:0", lambda: health.status) as port:
+        assert request(port, "/healthz")[0] == 503
+        health.update(is_trainer_up=True)
+        assert request(port, "/healthz")[0] == 503
+        health.update(is_connected=True, server_round=3, run="7")
+        status, body = request(port, "/healthz")
+        assert status == 200
+        assert json.loads(body)["status"] == "ok"
+        assert json.loads(body)["server_round"] == 3
+        assert request(port, "/status.json")[0] == 404
+        with (
+            pytest.raises(UserError, match="choose another port"),
+            health_endpoint(f"127.0.0.1:{port}", lambda: health.status),
+        ):
+            pass
+    assert read_status(tmp_path / "status.json") == health.status
+
+
+def test_status_is_read_from_disk_and_believed_while_the_lock_is_held(tmp_path: Path) -> None:
+    settings = load_site(write_site(tmp_path, name="bank"))
+    assert site_status(settings)["is_running"] is False
+    assert describe(site_status(settings)).startswith("the daemon does not run")
+    with claim(settings.memory, "daemon"):
+        health = Health(Status(os.getpid()), settings.memory / "status.json")
+        health.update(is_connected=True, is_trainer_up=True, is_busy=True, server_round=2, run="9")
+        result = site_status(settings)
+        assert (result["is_running"], result["server_round"]) == (True, 2)
+        assert "answers round 2 of run 9" in describe(result)
+    after = site_status(settings)
+    assert (after["is_running"], after["is_connected"], after["pid"]) == (False, False, 0)
+
+
+# Log
+
+
+def test_the_log_is_one_object_a_line_and_below_its_level_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "site.log"
+    SiteLog("daemon", path).say("asked", kind="train")
+    SiteLog("trainer", path, "warning").say("answered")
+    SiteLog("trainer", path, "warning").say("question_failed", code=1001)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["program"], line["level"], line["event"]) for line in lines] == [
+        ("daemon", "info", "asked"),
+        ("trainer", "warning", "question_failed"),
+    ]
+    assert lines[0]["kind"] == "train"
+
+
+# The commands
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_site(tmp_path)
+
+
+def run_client(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "client.cli", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_daemon_without_a_key_says_so_and_ends_with_2(config: Path) -> None:
+    done = run_client("daemon", "--config", str(config))
+    assert done.returncode == 2
+    assert "error: node_key node: No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_a_daemon_that_does_not_run_is_exit_1(config: Path) -> None:
+    done = run_client("status", "--config", str(config), "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["is_running"] is False
+
+
+def test_settings_are_frozen(config: Path) -> None:
+    settings = load_site(config)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.name = "other"  # type: ignore[misc]
+    assert isinstance(settings, SiteSettings)

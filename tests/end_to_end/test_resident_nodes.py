@@ -1,0 +1,361 @@
+"""Sites as resident nodes on a real SuperLink over TLS, with kills, held to a run in process."""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from client.round import RoundRequest, answer_round
+from client.settings import TrainingSettings
+from client.site import Site as ClientSite
+from federation.adapter import read_adapter
+from federation.rounds import run_rounds
+from federation.settings import FederationSettings, load_settings
+from federation.sites import Reply, Request
+from federation.status import summarise
+from tests.conftest import write_records, write_tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deployment"))
+
+from certificates import make_node_key
+from topology import CONNECTION, Deployment, deployment, start_superlink
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+NAMES = ("bank", "clinic")
+SETTINGS: dict[str, Any] = {
+    "num_sites": 2,
+    "quorum": 2,
+    "round_timeout_s": 300.0,
+    "adapter.rank": 4,
+    "training.num_steps": 2,
+    "training.dtype": "float32",
+    "training.max_tokens": 64,
+    "wire.uplink": "int8",
+    "wire.downlink": "int8",
+}
+"""int8 both ways: error feedback and references make a site's state matter."""
+
+
+@dataclass
+class Institution:
+    """One site: its directory, and its daemon as the deployment's program."""
+
+    name: str
+    directory: Path
+    made: Deployment
+    starts: int = 0
+
+    def start(self) -> None:
+        self.starts += 1
+        script = str(ROOT / "tests" / "client" / "site_daemon.py")
+        self.made.services.start(
+            self.program,
+            [sys.executable, script, str(self.directory / "site.toml")],
+            {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+
+    @property
+    def program(self) -> str:
+        return f"daemon-{self.name}"
+
+    def pid(self) -> int:
+        return self.made.services.pid(self.program)
+
+    def events(self) -> list[dict[str, Any]]:
+        log = self.directory / "site.log"
+        text = log.read_text() if log.is_file() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    def count(self, event: str) -> int:
+        return sum(row["event"] == event for row in self.events())
+
+    def kill_daemon(self) -> None:
+        """Kill the daemon and start it again, as systemd does."""
+        psutil.Process(self.pid()).kill()
+        self.made.services.wait_for_end(self.program, 10)
+        self.start()
+
+    def kill_trainer(self) -> None:
+        for child in psutil.Process(self.pid()).children():
+            child.kill()
+
+
+@dataclass
+class InProcess:
+    """The same sites without a network: what they answer is the oracle."""
+
+    base_model: Path
+    sites: dict[str, ClientSite]
+    scratch: Path
+    replies: list[Reply] = field(default_factory=list)
+
+    def wait_for(self, count: int, timeout_s: float) -> list[str]:
+        return sorted(self.sites)
+
+    def send(self, sites: Sequence[str], request: Request) -> None:
+        for name in sites:
+            scratch = Path(tempfile.mkdtemp(dir=self.scratch))
+            message = shutil.copy(request.message, scratch / "message")
+            answer = answer_round(
+                Path(message),
+                self.sites[name],
+                load_settings(TrainingSettings, request.training, "training"),
+                RoundRequest(
+                    request.server_round,
+                    request.uplink,
+                    request.downlink,
+                    request.trains,
+                    request.run,
+                ),
+                scratch=scratch,
+            )
+            self.replies.append(
+                Reply(
+                    name,
+                    request.server_round,
+                    update=answer.update,
+                    num_examples=answer.num_examples,
+                    train_loss=answer.train_loss,
+                )
+            )
+
+    def receive(self) -> Reply | None:
+        return self.replies.pop(0) if self.replies else None
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    write_tiny_model(directory / "base")
+    for name in NAMES:
+        write_records(directory / f"{name}.jsonl", 30, topic=name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    home = tmp_path_factory.mktemp("deployment")
+    with deployment(home, [], Console(stderr=True)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
+    """Two sites whose daemons run; their directories have short paths, for the sockets."""
+    root = Path(tempfile.mkdtemp(prefix="fedge-"))
+    sites = []
+    for name in NAMES:
+        directory = root / name
+        key = make_node_key(directory)
+        made.flwr("supernode", "register", str(key.with_suffix(".pub")))
+        values = {
+            "superlink": f"127.0.0.1:{made.sites_port}",
+            "root_certificate": str(made.certificates / "ca.crt"),
+            "node_key": "node",
+            "base_model": str(inputs / "base"),
+            "data": str(inputs / f"{name}.jsonl"),
+            "state": "state",
+            "name": name,
+            "log": "site.log",
+            "drain_s": 120.0,
+        }
+        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        (directory / "site.toml").write_text("\n".join(lines) + "\n")
+        site = Institution(name, directory, made)
+        site.start()
+        sites.append(site)
+    made.services.wait_until(lambda: made.num_online() == 2, "the connection of both", 120)
+    yield sites
+    made.services.end([site.program for site in sites])
+    shutil.rmtree(root)
+
+
+def submit(made: Deployment, inputs: Path, out: Path, num_rounds: int, **more: Any) -> str:
+    values = SETTINGS | {"base_model": str(inputs / "base"), "out": str(out)}
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in (values | more).items())
+    command = ["flwr", "run", str(ROOT), CONNECTION, "-c", f"{config} num_rounds={num_rounds}"]
+    started = made.services.call([*command, "--format", "json"], made.variables("coordinator"))
+    return str(started["run-id"])
+
+
+def is_finished(made: Deployment, run: str) -> bool:
+    (status,) = {row["status"] for row in made.flwr("ls")["runs"] if row["run-id"] == run}
+    return str(status).startswith("finished")
+
+
+def wait_for_event(made: Deployment, run: str, site: Institution, event: str) -> None:
+    """Wait until a site logs an event once more, or the run is over; "" waits for nothing."""
+    before = site.count(event)
+    made.services.wait_until(
+        lambda: not event or site.count(event) > before or is_finished(made, run),
+        f"the next {event} of {site.name}",
+        400,
+    )
+
+
+def expected(inputs: Path, out: Path, num_rounds: int) -> Path:
+    """Return the adapter of an undisturbed run in this process."""
+    sites = {
+        name: ClientSite(
+            inputs / "base", inputs / f"{name}.jsonl", name, out.parent / "state" / name, None
+        )
+        for name in NAMES
+    }
+    scratch = out.parent / "scratch"
+    scratch.mkdir()
+    values = SETTINGS | {
+        "base_model": str(inputs / "base"),
+        "out": str(out),
+        "num_rounds": num_rounds,
+    }
+    settings = load_settings(FederationSettings, values, "the test")
+    return run_rounds(InProcess(inputs / "base", sites, scratch), settings)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    import torch
+
+    first, second = read_adapter(one), read_adapter(other)
+    for name, factors in first.modules.items():
+        assert torch.equal(factors.b_OR, second.modules[name].b_OR), name
+        assert torch.equal(factors.a_RI, second.modules[name].a_RI), name
+
+
+def test_three_rounds_give_the_bits_of_a_run_in_process_and_load_the_model_once(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    run = submit(made, inputs, tmp_path / "run", 3)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 400)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert summary["state"] == "finished"
+    assert summary["failures"] == []
+    print("seconds a round:", [round(row["seconds"], 2) for row in summary["rounds"]])
+    assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", 3))
+    for site in institutions:
+        assert site.count("child_started") == 1
+        assert site.count("replied") == 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_of_trainers_and_daemons_change_no_bit_and_charge_nothing_twice(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path, seed: int
+) -> None:
+    draw = random.Random(seed)  # noqa: S311 - which kill comes when is no secret
+    num_rounds, num_kills = 5, 5
+    for site in institutions:
+        (site.directory / "state" / "ledger.jsonl").unlink(missing_ok=True)
+    run = submit(made, inputs, tmp_path / "run", num_rounds)
+    kills = []
+    for _ in range(num_kills):
+        site = draw.choice(institutions)
+        event = draw.choice(["asked", "answered", "replied", ""])
+        wait_for_event(made, run, site, event)
+        if is_finished(made, run):
+            break
+        time.sleep(draw.uniform(0, 0.4))
+        kill = draw.choice([site.kill_daemon, site.kill_trainer])
+        kills.append((site.name, event, kill.__name__))
+        kill()
+    print("kills:", kills)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 500)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert summary["state"] == "finished", summary
+    assert len(kills) >= 3
+    assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", num_rounds))
+    for site in institutions:
+        rows = [
+            json.loads(row)
+            for row in (site.directory / "state" / "ledger.jsonl").read_text().splitlines()
+        ]
+        assert sorted(row[1] for row in rows) == list(range(1, num_rounds + 1))
+
+
+def test_a_round_above_the_sites_bound_is_refused_with_its_rule(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    more = {"adapter.rank": 9, "round_attempts": 1}
+    run = submit(made, inputs, tmp_path / "run", 1, **more)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 300)
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "error 1003: max_rank: the adapter has rank 9, at most 8 is trained" in events
+
+
+def test_a_superlink_that_is_killed_and_started_again_loses_no_reply(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    run = submit(made, inputs, tmp_path / "run", 3)
+    before = institutions[0].count("asked")
+    made.services.wait_until(
+        lambda: institutions[0].count("asked") > before + 1, "the second round", 300
+    )
+    psutil.Process(made.services.pid("superlink")).kill()
+    made.services.wait_for_end("superlink", 10)
+    start_superlink(made)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 400)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert (summary["state"], summary["failures"]) == ("finished", [])
+    assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", 3))
+
+
+def test_sigterm_answers_the_round_in_hand_and_leaves_with_its_trainer(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    site = institutions[0]
+    run = submit(made, inputs, tmp_path / "run", 3)
+    before = site.count("asked"), site.count("replied")
+    made.services.wait_until(lambda: site.count("asked") > before[0], "the first round", 300)
+    daemon = psutil.Process(site.pid())
+    children = daemon.children()
+    daemon.terminate()
+    code, _ = made.services.wait_for_end(site.program, 180)
+    assert code == 0
+    assert site.count("replied") == before[1] + 1
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+    site.start()
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 400)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert (summary["state"], summary["failures"]) == ("finished", [])
+
+
+def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    """The app of the run is executed there, and holds nothing but the trainer's socket."""
+    site = institutions[1]
+    made.services.end([site.program])
+    config = site.directory / "site.toml"
+    before = config.read_text()
+    config.write_text(before + 'node = "supernode"\n')
+    site.start()
+    made.services.wait_until(
+        lambda: site.count("daemon_ready") >= 2 and made.num_online() == 2, "both nodes", 120
+    )
+    trained = site.count("answered")
+    run = submit(made, inputs, tmp_path / "run", 2)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 500)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert (summary["state"], summary["failures"]) == ("finished", [])
+    assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", 2))
+    assert site.count("answered") == trained + 2
+    programs = {
+        word.rpartition("/")[2]
+        for child in psutil.Process(site.pid()).children(recursive=True)
+        for word in child.cmdline()[:2]
+    }
+    assert "flower-supernode" in programs
+    made.services.end([site.program])
+    config.write_text(before)
+    site.start()
