@@ -4,8 +4,10 @@ The test holds its state, and so does what a run's ServerApp would do: send a me
 take the reply. Being in the test's process, it can be stopped at a point and started again.
 """
 
+import gc
 import logging
 import os
+import socket
 import sys
 import threading
 import warnings
@@ -55,8 +57,6 @@ class LocalSuperlink:
         self.state: Any = app.state.linkstate_factory.state()
         config = uvicorn.Config(
             app,
-            host="127.0.0.1",
-            port=self.port,
             ssl_certfile=str(self.directory / "superlink.crt"),
             ssl_keyfile=str(self.directory / "superlink.key"),
             log_level="critical",
@@ -65,7 +65,8 @@ class LocalSuperlink:
             timeout_graceful_shutdown=1,
         )
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.socket = socket.create_server(("127.0.0.1", self.port))
+        self.thread = threading.Thread(target=self.server.run, args=[[self.socket]], daemon=True)
         self.thread.start()
         while not self.server.started:
             assert self.thread.is_alive()
@@ -75,6 +76,11 @@ class LocalSuperlink:
         self.server.should_exit = True
         self.thread.join(60)
         assert not self.thread.is_alive()
+        self.socket.close()
+        del self.server, self.thread
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()  # uvicorn leaves the connections of clients that stay to the collector
 
     def register(self, node_key: Path) -> int:
         from flwr.common.constant import NOOP_FLWR_AID
