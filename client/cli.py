@@ -136,11 +136,11 @@ def trainer(
     parent: Annotated[int | None, typer.Option(help="Process with which it ends.")] = None,
 ) -> None:
     """Own this site's data and model, and answer what its policy allows. SIGTERM ends it."""
+    from client.gate import SiteGate
     from client.site_settings import load_site
-    from client.trainer import refuse_all, refuse_record
     from client.trainer_service import run_trainer
 
-    run_trainer(load_site(config), allow=refuse_all, record=refuse_record, parent=parent)
+    run_trainer(load_site(config), SiteGate.open, parent=parent)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from federation.wire import Update, WireError, encode, open_update, reference_of
 if TYPE_CHECKING:
     from client.batches import Example
     from client.model import ResidentModel
+    from client.records import Record
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def answer_received(
     Raises:
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
-    from client.training import draw_batches, train
+    from client.privacy import train_records
 
     adapter = received.adapter()
     if site.rank is not None:
@@ -123,12 +124,9 @@ def answer_received(
     write_into_model(model, adapter)
     train_only(model, request.trains)
     examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens)
-    steps = train(
-        model,
-        draw_batches(examples, settings, stretch=request.server_round - 1),
-        settings,
-        pad_id=pad_id,
-    )
+    steps = train_records(
+        model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1
+    ).steps
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
     update = _encode_reply(trained, received, site, request, scratch)
     return Answer(update, len(examples), sum(step.loss for step in steps) / len(steps))
@@ -203,12 +201,18 @@ def resident_model(base_model: Path, dtype: str) -> ResidentModel:
 
 @lru_cache(maxsize=8)
 def _examples(base_model: Path, data: Path, max_tokens: int) -> tuple[list[Example], int]:
-    """Read, clean and tokenise a site's records once a process."""
+    """Tokenise a site's records once a process."""
     from client.batches import encode_records
-    from client.cleaning import clean
     from client.model import load_tokenizer, padding_id
-    from client.records import read_records
 
     tokenizer = load_tokenizer(base_model)
-    records = clean(read_records(data)).kept
-    return encode_records(records, tokenizer, max_tokens), padding_id(tokenizer)
+    return encode_records(site_records(data), tokenizer, max_tokens), padding_id(tokenizer)
+
+
+@lru_cache(maxsize=8)
+def site_records(data: Path) -> list[Record]:
+    """Read and clean a site's records once a process: what is trained on is what is charged."""
+    from client.cleaning import clean
+    from client.records import read_records
+
+    return clean(read_records(data)).kept

@@ -30,6 +30,8 @@ class SiteSettings(Settings):
     """Directory of the base model (Hugging Face layout)."""
     data: Path
     """JSONL file of this site's records."""
+    policy: Path
+    """policy.toml: what this site allows (client.policy)."""
     state: Path
     """Directory for what must survive a restart; no other site's and no other daemon's."""
     name: Annotated[str, Field(max_length=64)] = ""
@@ -99,7 +101,7 @@ class SiteSettings(Settings):
 
 
 _PATHS = (
-    *("root_certificate", "node_key", "base_model", "data"),
+    *("root_certificate", "node_key", "base_model", "data", "policy"),
     *("state", "node_state", "trainer", "log"),
 )
 

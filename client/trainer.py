@@ -16,10 +16,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from client.answers import Answers, Kept
-from client.reasons import Refused, code_and_reason
+from client.reasons import code_and_reason
 from client.round import RoundRequest, answer_received, open_received, read_request
 from client.settings import TrainingSettings
 from client.site import Site
@@ -27,8 +27,6 @@ from client.trainer_link import LinkError, read_object
 from federation.settings import load_settings
 from federation.wire import Update
 
-METRICS = ("num-examples", "train_loss", "seconds")
-"""The numbers that a run gets beside the update if it does not say which it wants."""
 _NOT_ASKED = ("bundle", "signature")
 """Keys of a head that say who asks, not what: the same question may come another way."""
 
@@ -46,7 +44,8 @@ class Question:
     rank: int
     """Of what this site trains: its own rank may be below the message's."""
     alpha: float
-    modules: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, int]]
+    """Out and in features of each module."""
     num_bytes: int
     """Of the message."""
     adapter: str
@@ -71,48 +70,38 @@ class Reply:
     update: Path | None = None
 
 
-Allow = Callable[[Question], None]
-"""Returns when this site's policy allows a question; raises `client.reasons.Refused` else."""
-Record = Callable[[Question, Kept], None]
-"""Puts what is about to leave into this site's ledger; it is on disk when this returns. Called
-again for an answer that is sent again: it notes an answer once."""
+class Gate(Protocol):
+    """This site's policy and ledger, as the trainer needs them: `client.gate` has the real one."""
 
+    def allow(self, question: Question) -> None:
+        """Return when the policy allows a question; raise `client.reasons.Refused` else."""
+        ...
 
-def refuse_all(_: Question) -> None:
-    """Be the policy of a site that has none: nothing is allowed.
+    def release(self, question: Question, measured: Mapping[str, float]) -> dict[str, float]:
+        """Return the numbers that may leave beside the update."""
+        ...
 
-    Raises:
-        Refused: Always.
-    """
-    raise Refused("no policy", "this site has no policy, and answers nothing without one")
+    def record(self, question: Question, kept: Kept) -> None:
+        """Put what is about to leave into the ledger; it is on disk when this returns.
 
-
-def refuse_record(_: Question, __: Kept) -> None:
-    """Be the ledger of a site that has none: nothing leaves.
-
-    Raises:
-        Refused: Always.
-    """
-    raise Refused("no ledger", "this site has no ledger, and nothing leaves without one")
+        Called again for an answer that is sent again: it notes an answer once.
+        """
+        ...
 
 
 class Trainer:
     """One site's model, data and state, behind its policy and its ledger."""
 
-    def __init__(
-        self, site: Site, *, allow: Allow, record: Record, say: Callable[..., None]
-    ) -> None:
+    def __init__(self, site: Site, gate: Gate, say: Callable[..., None]) -> None:
         """Nothing is loaded before the first question that is allowed.
 
         Args:
             site: Whose model, data and state.
-            allow: The policy.
-            record: The ledger.
+            gate: Its policy and its ledger.
             say: Called with the name of an event and its values, for the log.
         """
         self._site = site
-        self._allow = allow
-        self._record = record
+        self._gate = gate
         self._say = say
 
     def answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
@@ -141,7 +130,7 @@ class Trainer:
         answers = Answers(self._site.state, request.run)
         kept = answers.find(request.server_round, question.digest)
         is_new = kept is None
-        self._allow(replace(question, is_repeated=not is_new))
+        self._gate.allow(replace(question, is_repeated=not is_new))
         if kept is None:
             started = time.perf_counter()
             answer = answer_received(received, self._site, settings, request, scratch=scratch)
@@ -150,8 +139,8 @@ class Trainer:
                 question=question.digest,
                 adapter=question.adapter,
                 update=answer.update,
-                metrics=_chosen(
-                    values,
+                metrics=self._gate.release(
+                    question,
                     {
                         "num-examples": answer.num_examples,
                         "train_loss": answer.train_loss,
@@ -159,7 +148,7 @@ class Trainer:
                     },
                 ),
             )
-        self._record(question, kept)
+        self._gate.record(question, kept)
         self._say(
             "answered",
             run=request.run,
@@ -214,13 +203,7 @@ def _question(
         base_model=received.base_model,
         rank=received.rank if site.rank is None else min(site.rank, received.rank),
         alpha=received.alpha,
-        modules=tuple(sorted(received.shapes())),
+        shapes=received.shapes(),
         num_bytes=received.num_bytes,
         adapter=received.sha256_of_content,
     )
-
-
-def _chosen(values: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the numbers that the run asked for, of those there are."""
-    wanted = values.get("metrics", METRICS)
-    return {name: metrics[name] for name in wanted if name in metrics}

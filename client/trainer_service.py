@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from client.claim import claim
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
-from client.trainer import Allow, Record, Reply, Trainer
+from client.trainer import Gate, Reply, Trainer
 from client.trainer_link import (
     CHUNK_BYTES,
     METHOD,
@@ -49,6 +49,8 @@ READ_S = 900.0
 """How long a caller may take to send its question."""
 _PR_SET_PDEATHSIG = 1
 
+OpenGate = Callable[[SiteSettings, Callable[..., None]], contextlib.AbstractContextManager[Gate]]
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -65,19 +67,16 @@ class _Call:
         return self.directory / "message"
 
 
-def run_trainer(
-    settings: SiteSettings, *, allow: Allow, record: Record, parent: int | None = None
-) -> None:
+def run_trainer(settings: SiteSettings, open_gate: OpenGate, *, parent: int | None = None) -> None:
     """Serve until SIGTERM.
 
     Args:
         settings: Of the site.
-        allow: The policy: see `client.trainer.Allow`.
-        record: The ledger: see `client.trainer.Record`.
+        open_gate: Opens the site's policy and ledger, for as long as the trainer lives.
         parent: Process with which this one ends, or None.
 
     Raises:
-        UserError: Another trainer has the state or the socket.
+        UserError: Another trainer has the state or the socket, or the gate does not open.
     """
     log = SiteLog("trainer", settings.log, settings.log_level)
     calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()  # a signal handler may put
@@ -97,7 +96,6 @@ def run_trainer(
     signal.signal(signal.SIGINT, leave)
     if parent is not None:
         end_with(parent)
-    trainer = Trainer(settings.site, allow=allow, record=record, say=log.say)
     with (
         claim(
             settings.state,
@@ -106,8 +104,10 @@ def run_trainer(
             is_wanted=lambda: not leaving.is_set(),
         ),
         _spool_directory(settings.state) as spools,
+        open_gate(settings, log.say) as gate,
         _listening(settings, spools, calls, closed),
     ):
+        trainer = Trainer(settings.site, gate, log.say)
         log.say("trainer_ready")
         _answer_calls(trainer, calls, leaving)
         closed.set()

@@ -71,7 +71,7 @@ class RunDirectory:
         """
         _refuse_used(Path(settings.out))
         digest = model_digest(Path(settings.base_model))
-        return cls(settings, secrets.token_hex(8), digest, is_new=True)
+        return cls(settings, secrets.token_hex(16), digest, is_new=True)
 
     @classmethod
     def resume(cls, path: Path) -> Self:

@@ -29,6 +29,7 @@ SITE = {
     "node_key": "node",
     "base_model": "base",
     "data": "data.jsonl",
+    "policy": "policy.toml",
     "state": "state",
 }
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from client.reasons import REFUSED, SITE_ERROR, Refused
 from client.round import RoundRequest, answer_round
 from client.settings import TrainingSettings
 from client.site import Site
-from client.trainer import Question, Reply, Trainer, read_head, refuse_all
+from client.trainer import Question, Reply, Trainer, read_head
 from client.trainer_link import (
     CHUNK_BYTES,
     HEAD_BYTES,
@@ -64,17 +64,16 @@ class Bench:
         self.asked: list[Question] = []
         self.noted: list[tuple[int, str]] = []
         self.said: list[tuple[str, dict[str, Any]]] = []
-        self.trainer = Trainer(
-            self.site,
-            allow=self.allow,
-            record=self.record,
-            say=lambda e, **v: self.said.append((e, v)),
-        )
+        self.trainer = Trainer(self.site, self, lambda e, **v: self.said.append((e, v)))
 
     def allow(self, question: Question) -> None:
         self.asked.append(question)
         if question.settings.num_steps > 8:
             raise Refused("max_steps", f"{question.settings.num_steps} steps, at most 8")
+
+    def release(self, question: Question, measured: Mapping[str, float]) -> dict[str, float]:
+        wanted = question.head.get("metrics", list(measured))
+        return {name: measured[name] for name in wanted if name in measured}
 
     def record(self, question: Question, kept: Kept) -> None:
         answer = self.site.state / "answers" / question.request.run / f"{kept.server_round}.update"
@@ -135,7 +134,7 @@ def test_the_policy_sees_what_the_message_itself_says(bench: Bench, tiny_model: 
     (question,) = bench.asked
     assert question.base_model == model_digest(tiny_model)
     assert (question.rank, question.alpha, question.num_bytes) == (4, 8.0, len(message))
-    assert {name.rpartition(".")[2] for name in question.modules} == {
+    assert {name.rpartition(".")[2] for name in question.shapes} == {
         *("q_proj", "k_proj", "v_proj", "o_proj")
     }
     path = bench.directory / "message"
@@ -150,8 +149,6 @@ def test_what_is_refused_is_not_trained_not_kept_and_not_noted(
     assert reply.update is None
     assert not bench.site.state.exists()
     assert bench.noted == []
-    with pytest.raises(Refused, match="no policy: this site has no policy"):
-        refuse_all(bench.asked[0])
 
 
 def test_a_round_cannot_be_asked_anew_with_another_adapter_or_other_settings(
@@ -259,6 +256,7 @@ class Process:
             "node_key": "node",
             "base_model": str(base_model),
             "data": "data.jsonl",
+            "policy": "policy.toml",
             "state": "state",
             "name": "bank",
             "log": "site.log",

@@ -166,6 +166,7 @@ def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
             "node_key": "node",
             "base_model": str(inputs / "base"),
             "data": str(inputs / f"{name}.jsonl"),
+            "policy": "policy.toml",
             "state": "state",
             "name": name,
             "log": "site.log",
