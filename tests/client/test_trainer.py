@@ -384,15 +384,20 @@ def test_a_caller_that_dies_in_mid_round_does_not_lose_the_answer(
 ) -> None:
     message = message_of(tiny_model)
     before = process.events().count("answered")
-    long = head_of(2, training=TRAINING | {"num_steps": 6})
-    deadline = time.monotonic() + 0.5  # not before it reached the main thread
+    long = head_of(2, training=TRAINING | {"num_steps": 100})
+    spool = process.directory / "state" / "spool"
+    seen: list[float] = []
+
+    def is_wanted() -> bool:
+        """Say no a moment after the whole question was taken in."""
+        if not seen and any(
+            path.stat().st_size == len(message) for path in spool.glob("*/message")
+        ):
+            seen.append(time.monotonic())
+        return not seen or time.monotonic() < seen[0] + 0.1
+
     with pytest.raises(TrainerLostError, match="cancelled"):
-        ask(
-            process.socket,
-            long,
-            memoryview(message),
-            is_wanted=lambda: time.monotonic() < deadline,
-        )
+        ask(process.socket, long, memoryview(message), is_wanted=is_wanted)
     answer = ask(process.socket, long, memoryview(message))
     assert answer.code == 0
     new = [

@@ -351,12 +351,8 @@ def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
     assert (summary["state"], summary["failures"]) == ("finished", [])
     assert_same(tmp_path / "run" / "adapter", expected(inputs, tmp_path / "oracle", 2))
     assert site.count("answered") == trained + 2
-    programs = {
-        word.rpartition("/")[2]
-        for child in psutil.Process(site.pid()).children(recursive=True)
-        for word in child.cmdline()[:2]
-    }
-    assert "flower-supernode" in programs
+    programs = [" ".join(child.cmdline()) for child in psutil.Process(site.pid()).children()]
+    assert any("flower-supernode" in program for program in programs)
     made.services.end([site.program])
     config.write_text(before)
     site.start()
