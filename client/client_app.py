@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp
 
 from client.round import RoundRequest, answer_round
 from client.settings import TrainingSettings
-from client.site import find_site
+from client.site import Site, find_site
 from federation.errors import FedgeError
 from federation.header import DTYPES, FACTORS
 from federation.server_app import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING
@@ -47,10 +47,16 @@ SITE_ERROR = 1001
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on the site's records and send it back."""
-    code = SITE_ERROR
-    own = [str(context.node_config.get(key, "")) for key in ("data", "base_model", "state")]
+    code, own = SITE_ERROR, list[str]()
     try:
-        return _train(message, context)
+        site = find_site(
+            context.node_config,
+            message.content.get(SIMULATION, context.run_config),
+            node_id=context.node_id,
+            environment=os.environ,
+        )
+        own = [str(path) for path in (site.data, site.base_model, site.state)]
+        return _train(message, site)
     except MissingReferenceError as error:
         code, reason = REFERENCE_MISSING, without_directories(str(error), own)
     except FedgeError as error:
@@ -66,8 +72,8 @@ def without_directories(reason: str, own: Sequence[str] = ()) -> str:
 
     Args:
         reason: What went wrong.
-        own: The paths that the site was given: they may be relative, or hold spaces and quotes, so
-            that no pattern could tell where they end.
+        own: The site's own paths, given or by default: they may be relative, or hold spaces and
+            quotes, so that no pattern could tell where they end.
     """
     for path in map(Path, own):
         for directory in (path.parent, path.absolute().parent):
@@ -103,18 +109,12 @@ def read_request(record: Mapping[str, Any]) -> RoundRequest:
     return request
 
 
-def _train(message: Message, context: Context) -> Message:
+def _train(message: Message, site: Site) -> Message:
     import numpy as np
 
     from federation.settings import load_settings
 
     started = time.perf_counter()
-    site = find_site(
-        context.node_config,
-        message.content.get(SIMULATION, context.run_config),
-        node_id=context.node_id,
-        environment=os.environ,
-    )
     settings = load_settings(
         TrainingSettings, dict(message.content[TRAINING]), "the run's training settings"
     )
