@@ -190,15 +190,16 @@ def _bytes_of(array: Array) -> memoryview:
 
 
 def _to_reply(site: str, server_round: int, message: Message) -> Reply:
-    if message.has_error():
-        reason = _printable(message.error.reason, 500)
-        return Reply(
-            site,
-            server_round,
-            error=f"error {message.error.code}: {reason}",
-            lacks_reference=message.error.code == REFERENCE_MISSING,
-        )
     try:
+        if message.has_error():
+            # Flower makes None of an empty reason.
+            reason = _printable(message.error.reason or "no reason given", 500)
+            return Reply(
+                site,
+                server_round,
+                error=f"error {message.error.code}: {reason}",
+                lacks_reference=message.error.code == REFERENCE_MISSING,
+            )
         result = message.content[RESULT]
         return Reply(
             site,

@@ -186,19 +186,24 @@ def test_a_reason_names_a_file_but_not_where_it_lies(
     assert "mary" not in failed.reason
 
 
-@pytest.mark.parametrize("spoiled", ["no result", "wrong type", "not numpy", "infinite"])
+@pytest.mark.parametrize(
+    "spoiled", ["no result", "wrong type", "not numpy", "infinite", "an error without a reason"]
+)
 def test_a_malformed_reply_costs_only_its_site(
     run_config: dict[str, object], tmp_path: Path, spoiled: str
 ) -> None:
     import numpy as np
     from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+    from flwr.app.error import Error
+    from flwr.app.message import make_message
+    from flwr.common.serde_utils import error_from_proto, error_to_proto
 
     grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
     pull = grid.pull_messages
 
     def pull_spoiled(ids: list[str]) -> list[object]:
         messages = pull(ids)
-        for message in messages:
+        for index, message in enumerate(messages):
             if message.metadata.src_node_id == 100 and message.has_content():
                 content = message.content
                 if spoiled == "no result":
@@ -207,6 +212,9 @@ def test_a_malformed_reply_costs_only_its_site(
                     content["result"] = ConfigRecord({"num-examples": "many"})
                 elif spoiled == "infinite":
                     content["result"] = MetricRecord({"num-examples": float("inf")})
+                elif spoiled == "an error without a reason":
+                    arrived = error_from_proto(error_to_proto(Error(1001, "")))
+                    messages[index] = make_message(message.metadata, error=arrived)
                 else:
                     bad = Array(np.zeros(3, dtype=np.uint8))
                     bad.data = b"PK not a numpy array"
