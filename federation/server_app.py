@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
@@ -134,12 +135,30 @@ class GridSites:
             return None
         self._pending = {key: value for key, value in self._pending.items() if value[2] > now}
         for message_id, (site, server_round, _) in self._pending.items():
-            for message in self._grid.pull_messages([message_id]):
+            reply = self._pull(message_id, site, server_round)
+            if reply is not None:
                 del self._pending[message_id]
-                return _to_reply(site, server_round, message)
+                return reply
         done = time.monotonic()
         self._next_look = done + pause_s(done - self._sent, done - now)
         return None
+
+    def _pull(self, message_id: str, site: str, server_round: int) -> Reply | None:
+        """Return the reply to one message, if it is there.
+
+        The SuperLink looks at the heads of what a site sends, and here the bodies are read: what
+        they raise is the site's. httpx says that the SuperLink is away or refuses to answer,
+        OSError is this machine's, and Flower's word for a run that was stopped is no Exception.
+        """
+        try:
+            messages = list(self._grid.pull_messages([message_id]))
+        except (httpx.HTTPError, OSError):
+            raise
+        except Exception as error:  # whatever one site sends must not end the run of the others
+            return Reply(
+                site, server_round, error=f"the reply is not readable ({type(error).__name__})"
+            )
+        return _to_reply(site, server_round, messages[0]) if messages else None
 
 
 def pause_s(waited_s: float, look_s: float) -> float:

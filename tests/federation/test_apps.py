@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.app import Message
 
 from client.batches import encode_records
 from client.evaluation import evaluate
@@ -224,6 +226,50 @@ def test_a_malformed_reply_costs_only_its_site(
     grid.pull_messages = pull_spoiled
     server_app.main(grid, grid.server_context)
     assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1
+
+
+def test_a_reply_whose_body_is_no_protobuf_costs_only_its_site(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    """As the SuperLink lets it pass and Flower's grid reads it."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import (
+        inflate_object_from_contents,
+        validate_object_content,
+    )
+
+    def spoil(message: Message) -> list[Message]:
+        if message.metadata.src_node_id != 100:
+            return [message]
+        objects = get_all_nested_objects(message)
+        contents = {name: item.deflate() for name, item in objects.items()}
+        (broken,) = [n for n, raw in contents.items() if raw.startswith(b"MetricRecord")]
+        contents[broken] = b"MetricRecord  3\0\xff\xff\xff"
+        validate_object_content(contents[broken])
+        return [inflate_object_from_contents(message.object_id, contents)]
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    grid.spoil = spoil
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    (failed,) = [event for event in log if isinstance(event, SiteFailed)]
+    assert (failed.site, failed.reason) == ("100", "the reply is not readable (DecodeError)")
+    assert sum(isinstance(event, UpdateReceived) for event in log) == 1
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("TLS"), OSError(24, "Too many open files")])
+def test_a_superlink_that_cannot_be_asked_is_no_fault_of_a_site(
+    run_config: dict[str, object], tmp_path: Path, error: Exception
+) -> None:
+    def away(_: Message) -> list[Message]:
+        raise error
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    grid.spoil = away
+    with pytest.raises(type(error)):
+        server_app.main(grid, grid.server_context)
+    kinds = {type(event) for _, event in read_events(tmp_path / "run" / "events.jsonl")}
+    assert SiteFailed not in kinds
 
 
 @pytest.mark.parametrize(
