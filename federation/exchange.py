@@ -328,17 +328,12 @@ class Exchange:
         path = self._spool / f"{hashlib.sha256(reply.site.encode()).hexdigest()[:16]}.update"
         with path.open("wb") as file:
             file.write(reply.update)
-        update = open_update(path, reference=served)
-        if update.base_model != served.base_model:
-            raise WireError(
-                f"the update belongs to base model {update.base_model[:16]}…, this run trains "
-                f"{served.base_model[:16]}…"
-            )
-        if update.factors != trains:
-            raise WireError(f"the update holds factors {update.factors}, the round trains {trains}")
-        if (difference := _difference(update, served)) is not None:
-            raise WireError(difference)
-        return update
+
+        def refuse(update: Update) -> None:
+            if (difference := _difference(update, trains, served)) is not None:
+                raise WireError(difference)
+
+        return open_update(path, reference=served, refuse=refuse)
 
 
 @dataclass
@@ -370,8 +365,15 @@ def _draw(sites: Sequence[str], count: int, seed: str) -> list[str]:
     return sorted(chosen)
 
 
-def _difference(update: Update, served: Update) -> str | None:
-    """Say in what an update differs from the adapter that was sent, or None."""
+def _difference(update: Update, trains: str, served: Update) -> str | None:
+    """Say in what an update differs from the adapter that was sent, or None: from its header."""
+    if update.base_model != served.base_model:
+        return (
+            f"the update belongs to base model {update.base_model[:16]}…, this run trains "
+            f"{served.base_model[:16]}…"
+        )
+    if update.factors != trains:
+        return f"the update holds factors {update.factors}, the round trains {trains}"
     if update.rank > served.rank:
         return f"the update has rank {update.rank}, this run's adapter has {served.rank}"
     scale, expected_scale = update.alpha / update.rank, served.alpha / served.rank
