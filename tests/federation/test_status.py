@@ -194,6 +194,8 @@ def test_a_round_whose_last_event_a_kill_prevented_is_done_and_has_its_row(tmp_p
     weighted = {"num_updates": 2, "train_loss": (10 * 1.0 + 30 * 2.0) / 40}
     assert seen[1] == {k: v for k, v in expected[1].items() if k not in unknown} | weighted
     assert "finished: round 2 of 2" in shown(summary)
+    assert "1.7500" in shown(summary)
+    assert "not known" in shown(summary)
 
 
 def test_a_checkpoint_older_than_the_log_takes_the_log_back(tmp_path: Path) -> None:
