@@ -32,7 +32,7 @@ from flwr.clientapp import ClientApp
 from client.reasons import code_and_reason
 from client.round import answer_round, read_request
 from client.settings import TrainingSettings
-from client.site import find_site
+from client.site import Site, find_site
 from client.trainer_link import ask, request_head
 from federation.errors import FedgeError
 from federation.server_app import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
@@ -43,11 +43,18 @@ app = ClientApp()
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on the site's records and send it back."""
-    own = [str(context.node_config.get(key, "")) for key in ("data", "base_model", "state")]
+    own: list[str] = []
     try:
         if context.node_config.get("trainer"):
             return _ask_trainer(message, Path(str(context.node_config["trainer"])))
-        return _train(message, context)
+        site = find_site(
+            context.node_config,
+            message.content.get(SIMULATION, context.run_config),
+            node_id=context.node_id,
+            environment=os.environ,
+        )
+        own = [str(path) for path in (site.data, site.base_model, site.state)]
+        return _train(message, site)
     except Exception as error:
         if not isinstance(error, FedgeError):
             traceback.print_tb(error.__traceback__, file=sys.stderr)
@@ -63,16 +70,10 @@ def _ask_trainer(message: Message, socket: Path) -> Message:
     return _reply(message, answer.update, dict(answer.head["metrics"]), str(answer.head["site"]))
 
 
-def _train(message: Message, context: Context) -> Message:
+def _train(message: Message, site: Site) -> Message:
     from federation.settings import load_settings
 
     started = time.perf_counter()
-    site = find_site(
-        context.node_config,
-        message.content.get(SIMULATION, context.run_config),
-        node_id=context.node_id,
-        environment=os.environ,
-    )
     settings = load_settings(
         TrainingSettings, dict(message.content[TRAINING]), "the run's training settings"
     )

@@ -50,8 +50,8 @@ def without_directories(reason: str, own: Sequence[str] = ()) -> str:
 
     Args:
         reason: What went wrong.
-        own: The paths that the site was given: they may be relative, or hold spaces and quotes, so
-            that no pattern could tell where they end.
+        own: The site's own paths, given or by default: they may be relative, or hold spaces and
+            quotes, so that no pattern could tell where they end.
     """
     for path in map(Path, own):
         for directory in (path.parent, path.absolute().parent):

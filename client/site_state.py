@@ -28,6 +28,9 @@ from federation.wire import MissingReferenceError, Update, WireError, open_updat
 KEPT_S = 30 * 24 * 3600
 """Seconds for which the state of a run that asks no more is kept: it may be resumed."""
 
+_DIRECTORY = re.compile("run-[0-9a-f]{1,64}")
+"""Of a run, in the state directory of the site."""
+
 
 class SiteStateError(UserError):
     """What a site kept is damaged."""
@@ -62,7 +65,7 @@ class SiteState:
             WireError: ``run`` is no such id.
             SiteStateError: The state of this run is damaged.
         """
-        if not re.fullmatch("[0-9a-f]{1,64}", run):
+        if not _DIRECTORY.fullmatch(f"run-{run}"):
             raise WireError(
                 f"the run calls itself {run[:80]!r}: expected 1 to 64 hex digits, "
                 "by which a site keeps what int8 and int4 need from round to round"
@@ -128,8 +131,11 @@ class SiteState:
             residual: What is still to be sent, or None.
             is_reference: Whether the next round may be sent as a change of ``received``.
         """
-        # What a residual says of the records behind it is for no other user of the machine.
+        # What a residual says of the records behind it is for no other user of the machine. The
+        # root may be a directory that the user made, and the run's may have been moved or copied.
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory.chmod(0o700)
         digest = received.sha256_of_content
         path = self._adapter_path(digest)
         if is_reference and not path.is_file():
@@ -184,7 +190,13 @@ class SiteState:
         for path in self._directory.iterdir():
             if path.name not in named:
                 path.unlink()
-        for path in self._root.glob("run-*"):
+        for path in filter(_is_state_of_a_run, self._root.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # another run may be removing it too
                 if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
                     shutil.rmtree(path)
+
+
+def _is_state_of_a_run(path: Path) -> bool:
+    """Tell a run's state from the other things in a directory that the user chose."""
+    is_named_so = _DIRECTORY.fullmatch(path.name) is not None
+    return is_named_so and not path.is_symlink() and (path / "state.json").is_file()

@@ -328,17 +328,9 @@ class Exchange:
         path = self._spool / f"{hashlib.sha256(reply.site.encode()).hexdigest()[:16]}.update"
         with path.open("wb") as file:
             file.write(reply.update)
-        update = open_update(path, reference=served)
-        if update.base_model != served.base_model:
-            raise WireError(
-                f"the update belongs to base model {update.base_model[:16]}…, this run trains "
-                f"{served.base_model[:16]}…"
-            )
-        if update.factors != trains:
-            raise WireError(f"the update holds factors {update.factors}, the round trains {trains}")
-        if (difference := _difference(update, served)) is not None:
-            raise WireError(difference)
-        return update
+        return open_update(
+            path, reference=served, refuse=lambda update: _compare(update, trains, served)
+        )
 
 
 @dataclass
@@ -370,25 +362,37 @@ def _draw(sites: Sequence[str], count: int, seed: str) -> list[str]:
     return sorted(chosen)
 
 
-def _difference(update: Update, served: Update) -> str | None:
-    """Say in what an update differs from the adapter that was sent, or None."""
+def _compare(update: Update, trains: str, served: Update) -> None:
+    """Compare what an update says of itself with the adapter that was sent.
+
+    Raises:
+        WireError: It is no update of that adapter; names the first difference.
+    """
+    if update.base_model != served.base_model:
+        raise WireError(
+            f"the update belongs to base model {update.base_model[:16]}…, this run trains "
+            f"{served.base_model[:16]}…"
+        )
+    if update.factors != trains:
+        raise WireError(f"the update holds factors {update.factors}, the round trains {trains}")
     if update.rank > served.rank:
-        return f"the update has rank {update.rank}, this run's adapter has {served.rank}"
+        raise WireError(f"the update has rank {update.rank}, this run's adapter has {served.rank}")
     scale, expected_scale = update.alpha / update.rank, served.alpha / served.rank
     if not math.isclose(scale, expected_scale, rel_tol=1e-9):
-        return (
+        raise WireError(
             f"the update has scale (alpha / rank) {scale:g}, this run's adapter {expected_scale:g}"
         )
     sent, expected = update.shapes(), served.shapes()
     if only := _names_apart(sent, expected):
-        return f"the update's modules are not those of this run's adapter: {len(only)} differ"
+        raise WireError(
+            f"the update's modules are not those of this run's adapter: {len(only)} differ"
+        )
     for name, shape in expected.items():
         if sent[name] != shape:
-            return (
+            raise WireError(
                 f"{name} is {sent[name][0]} x {sent[name][1]} in the update, "
                 f"{shape[0]} x {shape[1]} in this run's adapter"
             )
-    return None
 
 
 def _names_apart(one: Collection[str], other: Collection[str]) -> set[str]:

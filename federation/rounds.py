@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
     from federation.settings import FederationSettings
     from federation.sites import Reply, Sites
+
+_NUM_NAMED = 3
+"""Sites that are named where an average cannot be sent: one that lies, beside some that do not."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,7 @@ def _fold(
                 factors, state = _stepped(
                     run, server_round, outgoing, module, states.read(module.name)
                 )
+                _check_sendable(server_round, module.name, factors, received)
                 new_states.write(module.name, state, module.tail)
                 errors.append(module.error)
                 yield module.name, factors
@@ -284,11 +289,7 @@ def _stepped(
     module: ModuleAverage,
     state: Mapping[str, Tensor],
 ) -> tuple[LowRank, Mapping[str, Tensor]]:
-    """Return what the server makes of one module's average, and what it carries on for it.
-
-    Raises:
-        RoundError: A number could not be sent on in the next round.
-    """
+    """Return what the server makes of one module's average, and what it carries on for it."""
     factors, trains = module.factors, run.trains(server_round)
     optimizer = run.settings.server_optimizer
     if optimizer.kind != "none":
@@ -303,14 +304,33 @@ def _stepped(
         factors = LowRank(factors.b_OR + unsent.b_OR, factors.a_RI + unsent.a_RI)
     if run.settings.aggregation == "alternating":
         factors = orthonormalised(factors, trains)
-    # The comparison is False for NaN. A round that is committed must be one that can be sent.
-    if not all(float(factor.abs().max()) <= LARGEST for factor in (factors.b_OR, factors.a_RI)):
-        raise RoundError(
-            f"round {server_round}: {module.name} of the average holds NaN, infinity or a number "
-            f"beyond {LARGEST:g}, so some update is absurdly large: the last adapter stays; look "
-            "at the sites' losses in the event log"
-        )
     return factors, state
+
+
+def _check_sendable(
+    server_round: int, module: str, factors: LowRank, received: Sequence[Received]
+) -> None:
+    """Let a round be committed only if the next one can send it.
+
+    Raises:
+        RoundError: A number is not finite or too large; names the sites that sent the largest.
+    """
+    # The comparison is False for NaN.
+    if all(float(factor.abs().max()) <= LARGEST for factor in (factors.b_OR, factors.a_RI)):
+        return
+    norms = {_label(item.reply): _norm(item.update.read(module)) for item in received}
+    largest = sorted(norms, key=lambda label: norms[label], reverse=True)[:_NUM_NAMED]
+    named = ", ".join(f"site {label} {norms[label]:.2g}" for label in largest)
+    raise RoundError(
+        f"round {server_round}: {module} of the average holds NaN, infinity or a number beyond "
+        f"{LARGEST:g}, so some update is absurdly large. The largest norms of its factors there: "
+        f"{named}. The last adapter stays: mend or unregister the site at fault and resume the run"
+    )
+
+
+def _norm(factors: LowRank) -> float:
+    """Return the Frobenius norm of both factors together."""
+    return math.hypot(*(float(f.double().norm()) for f in (factors.b_OR, factors.a_RI)))
 
 
 def _describe(

@@ -252,17 +252,24 @@ class ServerState:
     directory: Path
 
     def read(self, module: str) -> dict[str, Tensor]:
-        """Return the tensors of a module; none in the first round.
+        """Return the tensors of a module; none in the first round, which has no directory.
 
         Raises:
-            ResumeError: Its file is damaged.
+            ResumeError: Its file is damaged or gone.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if not self.directory.is_dir():
+            return {}
         path = self.directory / f"{module}.safetensors"
         try:
-            return dict(load_file(path)) if path.is_file() else {}
+            return dict(load_file(path))
+        except FileNotFoundError:
+            raise ResumeError(
+                f"the run cannot go on: {path} is gone, which holds what the last round carried "
+                "on: restore it, or start a new run"
+            ) from None
         except SafetensorError as error:
             raise ResumeError(
                 f"the run cannot go on: {path} is damaged ({error}): restore it, or start a new run"
@@ -274,12 +281,11 @@ class ServerState:
         return LowRank(state["tail_b"].mT, state["tail_a"]) if "tail_a" in state else None
 
     def write(self, module: str, state: ModuleState, tail: LowRank | None) -> None:
-        """Put a module's state on disk; nothing if there is none."""
+        """Put a module's state on disk; an empty one too, so that a lost file is noticed."""
         from safetensors.torch import save_file
 
         tensors = dict(state)
         if tail is not None:
             tensors |= {"tail_b": tail.b_OR.mT, "tail_a": tail.a_RI}
-        if tensors:
-            path = self.directory / f"{module}.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path = self.directory / f"{module}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -8,10 +8,12 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
@@ -28,6 +30,10 @@ app = ServerApp()
 ADAPTER, TRAINING, ROUND, RESULT, SITE = "adapter", "training", "round", "result", "site"
 SIMULATION = "simulation"
 """Names of the records in a message; client.client_app uses the same."""
+_NOT_TAKEN = (
+    "the SuperLink did not take the message to it: the site was unregistered meanwhile, or the run "
+    "was stopped"
+)
 
 
 @app.main()  # type: ignore[untyped-decorator]
@@ -77,6 +83,8 @@ class GridSites:
         self._ttl_s = ttl_s
         self._pending: dict[str, tuple[str, int, float]] = {}
         """Site, round and time of expiry by message id."""
+        self._refused: deque[Reply] = deque()
+        """Errors in the place of replies, for sites whose message the SuperLink did not take."""
         self._sent = self._next_look = 0.0
         """When the last request went out, and before when it is no use to ask for replies."""
 
@@ -90,7 +98,13 @@ class GridSites:
             time.sleep(0.2)
 
     def send(self, sites: Sequence[str], request: Request) -> None:
-        """Push one message a site. All share the adapter's bytes: Flower stores them once."""
+        """Push one message a site. All share the adapter's bytes: Flower stores them once.
+
+        A site that was unregistered since it was drawn gets none, and `receive` brings its error.
+
+        Raises:
+            RoundError: The SuperLink does not say which of the messages it took.
+        """
         records = {
             ADAPTER: ArrayRecord({ADAPTER: _byte_array(request.message)}),
             TRAINING: ConfigRecord(_scalars(request.training)),
@@ -117,29 +131,57 @@ class GridSites:
             for site in sites
         ]
         ids = list(self._grid.push_messages(messages))
-        if any(not message_id for message_id in ids):
-            raise RoundError("the SuperLink did not take every message: is it still running?")
+        if len(ids) != len(messages):
+            raise RoundError(
+                f"round {request.server_round}: the SuperLink answered for {len(ids)} of "
+                f"{len(messages)} messages: a site is gone, or the SuperLink (or a proxy before "
+                "it) refuses requests of this size (413 in this log); resume the run when that is "
+                "mended"
+            )
         self._sent = self._next_look = time.monotonic()
         expires = self._sent + self._ttl_s
         for message_id, site in zip(ids, sites, strict=True):
-            self._pending[message_id] = (site, request.server_round, expires)
+            if message_id:
+                self._pending[message_id] = (site, request.server_round, expires)
+            else:
+                self._refused.append(Reply(site, request.server_round, error=_NOT_TAKEN))
 
     def receive(self) -> Reply | None:
         """Pull the first reply that is there; ask for one message id at a time.
 
         After a look at every id that found nothing, answers None without asking for a while.
         """
+        if self._refused:
+            return self._refused.popleft()
         now = time.monotonic()
         if now < self._next_look:
             return None
         self._pending = {key: value for key, value in self._pending.items() if value[2] > now}
         for message_id, (site, server_round, _) in self._pending.items():
-            for message in self._grid.pull_messages([message_id]):
+            reply = self._pull(message_id, site, server_round)
+            if reply is not None:
                 del self._pending[message_id]
-                return _to_reply(site, server_round, message)
+                return reply
         done = time.monotonic()
         self._next_look = done + pause_s(done - self._sent, done - now)
         return None
+
+    def _pull(self, message_id: str, site: str, server_round: int) -> Reply | None:
+        """Return the reply to one message, if it is there.
+
+        The SuperLink looks at the heads of what a site sends, and here the bodies are read: what
+        they raise is the site's. httpx says that the SuperLink is away or refuses to answer,
+        OSError is this machine's, and Flower's word for a run that was stopped is no Exception.
+        """
+        try:
+            messages = list(self._grid.pull_messages([message_id]))
+        except (httpx.HTTPError, OSError):
+            raise
+        except Exception as error:  # whatever one site sends must not end the run of the others
+            return Reply(
+                site, server_round, error=f"the reply is not readable ({type(error).__name__})"
+            )
+        return _to_reply(site, server_round, messages[0]) if messages else None
 
 
 def pause_s(waited_s: float, look_s: float) -> float:
@@ -190,15 +232,16 @@ def bytes_of(array: Array) -> memoryview:
 
 
 def _to_reply(site: str, server_round: int, message: Message) -> Reply:
-    if message.has_error():
-        reason = _printable(message.error.reason, 500)
-        return Reply(
-            site,
-            server_round,
-            error=f"error {message.error.code}: {reason}",
-            lacks_reference=message.error.code == REFERENCE_MISSING,
-        )
     try:
+        if message.has_error():
+            # Flower makes None of an empty reason.
+            reason = _printable(message.error.reason or "no reason given", 500)
+            return Reply(
+                site,
+                server_round,
+                error=f"error {message.error.code}: {reason}",
+                lacks_reference=message.error.code == REFERENCE_MISSING,
+            )
         result = message.content[RESULT]
         return Reply(
             site,

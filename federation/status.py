@@ -84,7 +84,9 @@ def summarise(
         - ``state``: "running", "finished" or "failed" (then with a ``reason``); a server that was
           killed says nothing, so its run looks "running" and ``idle_s`` grows;
         - ``resumed``: how often it was; ``rounds_done``: the last finished round;
-        - ``rounds``: a row a finished round; ``current``: the one under way, or None;
+        - ``rounds``: a row a finished round, without ``seconds``, ``aggregation_seconds`` and
+          ``aggregation_error`` where a kill came between its commit and its event; ``current``:
+          the one under way, or None;
         - ``site_rows``: a row a site, ``rounds_behind`` counting finished rounds since the last
           one that it is known to have trained;
         - ``failures``: every SiteFailed; ``bytes_down`` and ``bytes_up``: of the whole run;
@@ -160,13 +162,23 @@ def _take_of_the_run(run: _Run, event: events.Event) -> None:
 
 
 def _take_resumption(run: _Run, server_round: int) -> None:
+    """Bring the fold to what the run's directory holds: every round before ``server_round``.
+
+    A kill between a round's commit and its event leaves a round that is over without a row.
+    """
     summary = run.summary
     summary.pop("reason", None)
+    rows = {
+        number: _row_without_event(run, number)
+        for number, each in run.rounds.items()
+        if each.updates and number < server_round
+    }
+    rows |= {row["server_round"]: row for row in summary["rounds"]}
     summary |= {
         "state": "running",
         "resumed": summary["resumed"] + 1,
-        "rounds": [row for row in summary["rounds"] if row["server_round"] < server_round],
-        "rounds_done": min(summary["rounds_done"], server_round - 1),
+        "rounds": [row for number, row in sorted(rows.items()) if number < server_round],
+        "rounds_done": server_round - 1,
     }
     for number, each in run.rounds.items():
         if number >= server_round:
@@ -233,4 +245,16 @@ def _row(run: _Run, server_round: int) -> dict[str, Any]:
             {"site": u.site, "name": u.name or u.site, "train_loss": u.train_loss}
             for u in each.updates.values()
         ],
+    }
+
+
+def _row_without_event(run: _Run, server_round: int) -> dict[str, Any]:
+    """Return a finished round's row without its RoundFinished: what the updates say of it."""
+    # A site's late update does not count beside its own of this round, as in the exchange.
+    by_site = {u.site: u for u in run.round(server_round).updates.values()}.values()
+    num_examples = sum(update.num_examples for update in by_site)
+    return _row(run, server_round) | {
+        "num_updates": len(by_site),
+        "train_loss": sum(u.num_examples * u.train_loss for u in by_site) / num_examples,
+        "adapter": f"round-{server_round:04d}",
     }

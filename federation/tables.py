@@ -139,7 +139,7 @@ def _round_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for row in [*summary["rounds"], *([summary["current"]] if summary["current"] else [])]:
         again = f" (try {row['attempt']})" if row["attempt"] > 1 else ""
-        is_finished = "seconds" in row
+        seconds = "…" if row is summary["current"] else "not known"
         table.add_row(
             f"{row['server_round']}{again}",
             str(row["num_asked"]),
@@ -148,9 +148,9 @@ def _round_table(summary: dict[str, Any]) -> Table:
             str(row["num_late"]),
             f"{row['bytes_down'] / _MB:.1f}",
             f"{row['bytes_up'] / _MB:.1f}",
-            f"{row['train_loss']:.4f}" if is_finished else "",
-            f"{row['aggregation_error']:.2%}" if is_finished else "",
-            f"{row['seconds']:.1f}" if is_finished else "…",
+            f"{row['train_loss']:.4f}" if "train_loss" in row else "",
+            f"{row['aggregation_error']:.2%}" if "aggregation_error" in row else "",
+            f"{row['seconds']:.1f}" if "seconds" in row else seconds,
         )
     return table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -244,12 +244,20 @@ def reference_of(path: Path) -> str:
         return read_head(file.read, path.stat().st_size).reference
 
 
-def open_update(path: Path, *, reference: Update | None = None) -> Update:
+def open_update(
+    path: Path,
+    *,
+    reference: Update | None = None,
+    refuse: Callable[[Update], None] = lambda _: None,
+) -> Update:
     """Check a message on disk from its first to its last byte and return its table of contents.
 
     Args:
         path: The message.
         reference: The adapter it stands on. Not looked at if the message stands alone.
+        refuse: Raises WireError for an update that is not wanted. It hears what the header says,
+            before a value is read: one tensor as large as the message takes several times that
+            in memory.
 
     Raises:
         MissingReferenceError: It stands on another adapter than ``reference``; both are named.
@@ -280,6 +288,7 @@ def open_update(path: Path, *, reference: Update | None = None) -> Update:
         header=header,
         origin=_resolve(header, reference),
     )
+    refuse(update)
     for module in update.modules:
         for factor in FACTORS[update.factors]:
             # The comparison is False for NaN.

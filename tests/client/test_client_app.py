@@ -231,6 +231,22 @@ def test_where_a_sites_files_lie_is_not_told(
     assert "her" not in reason.replace("Hugging", "")
 
 
+@pytest.mark.parametrize("variable", ["HOME", "XDG_STATE_HOME"])
+def test_where_a_site_keeps_its_state_by_default_is_not_told(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "mary ann"))
+    del server.node["state"]
+    update_of(server.ask(1, server.whole(), uplink="int8", run="a1"))
+    (state,) = (tmp_path / "mary ann").rglob("run-a1/state.json")
+    state.write_text("{")
+    _, reason = failure_of(server.ask(2, server.whole(), uplink="int8", run="a1"))
+    assert "state.json is damaged" in reason
+    assert "mary" not in reason
+    assert "ann" not in reason
+
+
 def test_in_simulation_the_record_goes_before_the_run_config(
     server: Server, tiny_model: Path, tmp_path: Path
 ) -> None:

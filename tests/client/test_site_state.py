@@ -88,10 +88,40 @@ def test_old_adapters_residuals_and_runs_go(tmp_path: Path) -> None:
     assert (root / "mine").is_dir()
 
 
-def test_no_other_user_of_the_machine_reads_what_a_site_keeps(tmp_path: Path) -> None:
+def test_only_the_state_of_old_runs_is_removed_from_a_directory_of_the_users_choice(
+    tmp_path: Path,
+) -> None:
+    one, root = sent(tmp_path, 1), tmp_path / "state"
+    mine = [root / name / "precious.jsonl" for name in ("run-archive", "run-bed", "run-")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    SiteState(tmp_path / "elsewhere", "ee").keep(1, one, residual=None, is_reference=False)
+    (root / "run-ee").symlink_to(tmp_path / "elsewhere" / "run-ee")
+    for name in ("run-notes.txt", "run-aa"):
+        (root / name).write_text("mine")
+    SiteState(root, "bb").keep(1, one, residual=None, is_reference=False)
+    long_ago = time.time() - 31 * 24 * 3600
+    for path in root.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    SiteState(root, "cc").keep(1, one, residual=None, is_reference=False)
+    assert all(path.read_text() == "mine" for path in mine)
+    left = {"run-archive", "run-bed", "run-", "run-ee", "run-notes.txt", "run-aa", "run-cc"}
+    assert {path.name for path in root.iterdir()} == left
+
+
+@pytest.mark.parametrize("existing", ["", "state", "state/run-a"])
+def test_no_other_user_of_the_machine_reads_what_a_site_keeps(
+    tmp_path: Path, existing: str
+) -> None:
     one, root = sent(tmp_path, 1), tmp_path / "deep" / "state"
+    (tmp_path / "deep" / existing).mkdir(parents=True)
+    for path in (root, root / "run-a"):
+        if path.exists():
+            path.chmod(0o755)
     SiteState(root, "a").keep(1, one, residual=adapter(1), is_reference=True)
-    assert root.stat().st_mode & 0o777 == 0o700
+    assert (root / "run-a").stat().st_mode & 0o777 == 0o700
+    assert root.stat().st_mode & 0o777 == (0o755 if existing else 0o700), "a user's is the user's"
 
 
 def test_an_adapter_that_was_kept_is_the_reference_of_the_next_change(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The two Flower apps against each other: real messages, real training, no network."""
 
+import re
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.app import Message
 
 from client.batches import encode_records
 from client.evaluation import evaluate
@@ -10,8 +13,9 @@ from client.model import add_adapter, load_model, load_tokenizer
 from client.records import read_records
 from federation import server_app
 from federation.adapter import read_adapter
-from federation.events import SiteFailed, UpdateReceived, read_events
+from federation.events import AdapterResent, SiteFailed, UpdateReceived, read_events
 from federation.status import summarise
+from federation.wire import REFERENCE_MISSING
 from tests.conftest import write_records, write_tiny_model
 from tests.simulated import LocalGrid
 
@@ -186,19 +190,24 @@ def test_a_reason_names_a_file_but_not_where_it_lies(
     assert "mary" not in failed.reason
 
 
-@pytest.mark.parametrize("spoiled", ["no result", "wrong type", "not numpy", "infinite"])
+@pytest.mark.parametrize(
+    "spoiled", ["no result", "wrong type", "not numpy", "infinite", "an error without a reason"]
+)
 def test_a_malformed_reply_costs_only_its_site(
     run_config: dict[str, object], tmp_path: Path, spoiled: str
 ) -> None:
     import numpy as np
     from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+    from flwr.app.error import Error
+    from flwr.app.message import make_message
+    from flwr.common.serde_utils import error_from_proto, error_to_proto
 
     grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
     pull = grid.pull_messages
 
     def pull_spoiled(ids: list[str]) -> list[object]:
         messages = pull(ids)
-        for message in messages:
+        for index, message in enumerate(messages):
             if message.metadata.src_node_id == 100 and message.has_content():
                 content = message.content
                 if spoiled == "no result":
@@ -207,6 +216,9 @@ def test_a_malformed_reply_costs_only_its_site(
                     content["result"] = ConfigRecord({"num-examples": "many"})
                 elif spoiled == "infinite":
                     content["result"] = MetricRecord({"num-examples": float("inf")})
+                elif spoiled == "an error without a reason":
+                    arrived = error_from_proto(error_to_proto(Error(1001, "")))
+                    messages[index] = make_message(message.metadata, error=arrived)
                 else:
                     bad = Array(np.zeros(3, dtype=np.uint8))
                     bad.data = b"PK not a numpy array"
@@ -216,6 +228,121 @@ def test_a_malformed_reply_costs_only_its_site(
     grid.pull_messages = pull_spoiled
     server_app.main(grid, grid.server_context)
     assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1
+
+
+def test_a_reply_whose_body_is_no_protobuf_costs_only_its_site(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    """As the SuperLink lets it pass and Flower's grid reads it."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+    from flwr.supercore.inflatable.inflatable_utils import (
+        inflate_object_from_contents,
+        validate_object_content,
+    )
+
+    def spoil(message: Message) -> list[Message]:
+        if message.metadata.src_node_id != 100:
+            return [message]
+        objects = get_all_nested_objects(message)
+        contents = {name: item.deflate() for name, item in objects.items()}
+        (broken,) = [n for n, raw in contents.items() if raw.startswith(b"MetricRecord")]
+        contents[broken] = b"MetricRecord  3\0\xff\xff\xff"
+        validate_object_content(contents[broken])
+        return [inflate_object_from_contents(message.object_id, contents)]
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    grid.spoil = spoil
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    (failed,) = [event for event in log if isinstance(event, SiteFailed)]
+    assert (failed.site, failed.reason) == ("100", "the reply is not readable (DecodeError)")
+    assert sum(isinstance(event, UpdateReceived) for event in log) == 1
+
+
+def refuse(grid: LocalGrid, *sites: int) -> None:
+    """Let a grid answer for some sites as the SuperLink does once they are unregistered."""
+    push = grid.push_messages
+
+    def push_to_the_others(messages: list[Message]) -> list[str]:
+        known = [m for m in messages if m.metadata.dst_node_id not in sites]
+        ids = dict(zip([m.metadata.dst_node_id for m in known], push(known), strict=True))
+        return [ids.get(message.metadata.dst_node_id, "") for message in messages]
+
+    grid.push_messages = push_to_the_others
+
+
+def test_a_site_that_was_unregistered_after_it_was_drawn_costs_only_itself(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 2})
+    refuse(grid, 101)
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    failures = [event for event in log if isinstance(event, SiteFailed)]
+    assert [(e.server_round, e.site) for e in failures] == [(1, "101"), (2, "101")]
+    assert all("unregistered meanwhile" in event.reason for event in failures)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert [row["num_updates"] for row in summary["rounds"]] == [1, 1]
+
+
+def test_a_site_that_was_unregistered_before_the_adapter_was_sent_again_costs_only_itself(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    """The second message of round 2 goes to that site alone, so all that is sent is refused."""
+    from flwr.app.error import Error
+    from flwr.app.message import make_message
+
+    def forgets(message: Message) -> list[Message]:
+        if message.metadata.src_node_id != 101 or message.metadata.group_id != "2":
+            return [message]
+        refuse(grid, 101)
+        return [make_message(message.metadata, error=Error(REFERENCE_MISSING, "no adapter"))]
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 2, "wire.downlink": "int8"})
+    grid.spoil = forgets
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    (resent,) = [event for event in log if isinstance(event, AdapterResent)]
+    (failed,) = [event for event in log if isinstance(event, SiteFailed)]
+    assert (resent.site, failed.server_round, failed.site) == ("101", 2, "101")
+    assert summarise(tmp_path / "run" / "events.jsonl")["rounds_done"] == 2
+
+
+def test_a_round_whose_every_message_is_refused_ends_the_run_with_the_cause(
+    run_config: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = LocalGrid(partitions(2), run_config)
+    refuse(grid, 100, 101)
+    with pytest.raises(SystemExit):
+        server_app.main(grid, grid.server_context)
+    assert "unregistered meanwhile, or the run was stopped" in capsys.readouterr().err
+
+
+def test_a_superlink_that_takes_no_message_of_this_size_ends_the_run_in_one_sentence(
+    run_config: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flower's grid answers 413 with no ids at all."""
+    grid = LocalGrid(partitions(2), run_config)
+    grid.push_messages = lambda _: []
+    with pytest.raises(SystemExit):
+        server_app.main(grid, grid.server_context)
+    sentence = "answered for 0 of 2 messages: a site is gone, or the SuperLink .* of this size"
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("TLS"), OSError(24, "Too many open files")])
+def test_a_superlink_that_cannot_be_asked_is_no_fault_of_a_site(
+    run_config: dict[str, object], tmp_path: Path, error: Exception
+) -> None:
+    def away(_: Message) -> list[Message]:
+        raise error
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1})
+    grid.spoil = away
+    with pytest.raises(type(error)):
+        server_app.main(grid, grid.server_context)
+    kinds = {type(event) for _, event in read_events(tmp_path / "run" / "events.jsonl")}
+    assert SiteFailed not in kinds
 
 
 @pytest.mark.parametrize(

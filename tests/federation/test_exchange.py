@@ -59,6 +59,14 @@ def swell(header: dict[str, object], tensors: bytearray) -> None:
     tensors += bytes(1 << 20)
 
 
+def one_tensor(header: dict[str, object], tensors: bytearray) -> None:
+    """As many bytes as the adapter, all in the two tensors of one module."""
+    columns = len(tensors) // (2 * 2 * header["rank"])
+    header["dtype"] = "bfloat16"
+    header["tensors"] = [[f"x.{factor}", [header["rank"], columns]] for factor in "BA"]
+    tensors[:] = np.full(2 * columns * header["rank"], 0x7FC0, np.uint16).tobytes()  # NaN
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -77,6 +85,7 @@ def swell(header: dict[str, object], tensors: bytearray) -> None:
         (say(train_loss=1.7e308), "not a number up to"),
         (say(seconds=float("inf")), "not a number up to"),
         (forge(control_codes), "expected a digest in hex"),
+        (forge(one_tensor), "modules are not those of this run's adapter"),
         (forge(swell), "the whole adapter that was sent"),
     ],
 )

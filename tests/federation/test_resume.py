@@ -120,6 +120,24 @@ def test_a_failed_run_goes_on_under_the_settings_that_it_began_with(
     assert summarise(tmp_path / "run" / "events.jsonl")["state"] == "finished"
 
 
+def test_a_run_killed_between_a_commit_and_its_event_loses_no_round(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    run_rounds(two_sites(tmp_path / "s"), settings)
+    log = tmp_path / "run" / "events.jsonl"
+    whole = summarise(log)
+    lines = log.read_text().splitlines(keepends=True)
+    assert ["RoundFinished" in line for line in lines[-2:]] == [True, False]
+    log.write_text("".join(lines[:-2]))
+    run_rounds(two_sites(tmp_path / "t"), resume(tmp_path / "run"))
+    resumed = summarise(log)
+    assert (resumed["state"], resumed["rounds_done"]) == ("finished", 3)
+    assert len(resumed["rounds"]) == 3
+    for seen, expected in zip(resumed["rounds"], whole["rounds"], strict=True):
+        assert seen == {key: expected[key] for key in seen}
+        assert {"adapter", "train_loss", "num_updates"} <= seen.keys()
+
+
 def test_a_finished_run_that_is_resumed_asks_nobody(
     settings: FederationSettings, tmp_path: Path
 ) -> None:
@@ -156,6 +174,15 @@ def test_what_a_kill_left_before_the_run_was_described_is_no_run(
     assert not (out / ".run.json.x7").exists()
 
 
+def test_a_run_that_carries_nothing_on_is_resumed_too(
+    settings: FederationSettings, tmp_path: Path
+) -> None:
+    bare = settings.model_copy(update={"tail_rank": 0})
+    sites = failed_in_round_two(bare, tmp_path / "s")
+    sites.faults.clear()
+    assert run_rounds(sites, resume(tmp_path / "run")) == tmp_path / "run" / "round-0003"
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -173,6 +200,10 @@ def test_what_a_kill_left_before_the_run_was_described_is_no_run(
             "state-0003.*damaged",
         ),
         (lambda run, _: shutil.rmtree(run / "state-0003"), "state-0003 is gone"),
+        (
+            lambda run, _: next((run / "state-0003").iterdir()).unlink(),
+            r"state-0003/\S+\.safetensors is gone",
+        ),
         (
             lambda _, model: (model / "config.json").write_text('{"vocab_size": 1}'),
             "put the run's base model back",

@@ -170,6 +170,34 @@ def test_a_resumed_run_is_running_again_and_repeats_the_round_in_flight(tmp_path
     assert (summary["current"]["bytes_down"], summary["current"]["bytes_up"]) == (2000, 200)
 
 
+def test_a_round_whose_last_event_a_kill_prevented_is_done_and_has_its_row(tmp_path: Path) -> None:
+    log = [
+        started(2),
+        events.RoundStarted(1, ["a", "b"], 500),
+        update(1, "a", loss=1.0),
+        events.UpdateReceived(1, "b", "name-b", "e" * 64, 100, 30, 2.0, 1.0),
+        finished(1),
+        events.RoundStarted(2, ["a", "b"], 500),
+        update(2, "b", loss=9.0, rounds_late=1),
+        update(2, "a", loss=1.0),
+        events.UpdateReceived(2, "b", "name-b", "e" * 64, 100, 30, 2.0, 1.0),
+    ]
+    ending = [events.RunFinished(2, 9.0, "round-0002")]
+    whole = write(tmp_path / "whole.jsonl", *log, finished(2), *ending)
+    killed = write(tmp_path / "killed.jsonl", *log, events.RunResumed(3), *ending)
+    summary = summarise(killed)
+    assert (summary["state"], summary["rounds_done"], summary["current"]) == ("finished", 2, None)
+    expected, seen = summarise(whole)["rounds"], summary["rounds"]
+    assert seen[0] == expected[0]
+    unknown = {"aggregation_error", "aggregation_seconds", "seconds"}
+    assert expected[1].keys() - seen[1].keys() == unknown
+    weighted = {"num_updates": 2, "train_loss": (10 * 1.0 + 30 * 2.0) / 40}
+    assert seen[1] == {k: v for k, v in expected[1].items() if k not in unknown} | weighted
+    assert "finished: round 2 of 2" in shown(summary)
+    assert "1.7500" in shown(summary)
+    assert "not known" in shown(summary)
+
+
 def test_a_checkpoint_older_than_the_log_takes_the_log_back(tmp_path: Path) -> None:
     path = write(
         tmp_path / "events.jsonl", started(), finished(1), finished(2), events.RunResumed(2)

@@ -163,6 +163,7 @@ def forged(change: dict[str, object]) -> bytes:
         {"dtype": ["float32"]},
         {"base_model": "\x1b[2J\nround 9: done"},
         {"base_model": "m" * 100_000},
+        {"base_model": "m" * 65},
         {"base_model": ["m"]},
         {"tensors": [["\x1b[2J" + "y" * 100_000 + ".B", [3, 8]]]},
         {"tensors": [["layers.0.q_proj.B", ["\x1b[2J", 8]]]},
