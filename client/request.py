@@ -114,8 +114,8 @@ class SiteRequest(StrictSettings):
     num_rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
     """Rounds of the whole run. 0 = not said; a signed run must say it."""
     cohort: Annotated[int, Field(ge=0, le=MAX_COHORT)] = 0
-    """Sites that the round asks, where there is no secure sum: the server's word alone. 0 = not
-    said."""
+    """Fewest updates that the server averages, its quorum, where there is no secure sum: its word
+    alone. 0 = not said."""
     secure_sum: SecureSumTerms | None = None
     signature: Annotated[str, Field(pattern="^([0-9a-f]{128})?$")] = ""
     """Ed25519 over ``description``."""

@@ -198,6 +198,9 @@ class Exchange:
             downlink=settings.wire.downlink,
             trains=attempt.trains,
             run=self._run,
+            aggregation=settings.aggregation,
+            num_rounds=settings.num_rounds,
+            cohort=settings.quorum,
             simulation={
                 "base_model": settings.base_model,
                 "simulated_sites": settings.simulated_sites,

@@ -115,6 +115,9 @@ class GridSites:
                     "downlink": request.downlink,
                     "trains": request.trains,
                     "run": request.run,
+                    "aggregation": request.aggregation,
+                    "num_rounds": request.num_rounds,
+                    "cohort": request.cohort,
                 }
             ),
         }

@@ -26,6 +26,12 @@ class Request:
     """The factors to train and to send."""
     run: str = ""
     """Id of the run, the same after a resume: a site keeps what it owes a run under it."""
+    aggregation: str = "products"
+    """What becomes of the updates: a site's policy may ask."""
+    num_rounds: int = 0
+    """Of the whole run; 0 = not said."""
+    cohort: int = 0
+    """Fewest updates in the average: the quorum; 0 = not said."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
