@@ -219,7 +219,7 @@ def test_an_error_that_is_not_ours_leaves_as_its_type_only(
     def broken(_: Question) -> None:
         raise KeyError("the patient Jane Doe")
 
-    monkeypatch.setattr(bench.trainer, "_allow", broken)
+    monkeypatch.setattr(bench, "allow", broken)
     reply = bench.ask(head_of(), message_of(tiny_model))
     assert reply.head["reason"] == "the site failed with KeyError; its own log shows where"
     assert "Jane" not in json.dumps(bench.said)

@@ -123,14 +123,14 @@ def test_an_unexpected_failure_leaves_as_its_type_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from client import training
+    from client import privacy
 
     secret = "senoJ srM"[::-1]  # a traceback quotes source lines: it must not stand in one
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(f"while reading: {secret}")
 
-    monkeypatch.setattr(training, "train", broken)
+    monkeypatch.setattr(privacy, "train_records", broken)
     grid = LocalGrid(partitions(2), run_config)
     with pytest.raises(SystemExit) as end:
         server_app.main(grid, grid.server_context)
