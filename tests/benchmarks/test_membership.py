@@ -81,6 +81,8 @@ def test_the_benchmarks_of_privacy_print_their_figures_as_one_json_line(
         *("plain_tokens_per_s", "private_tokens_per_s"),
         *("plain_peak_bytes", "private_peak_bytes"),
     } <= lines["private_training"].keys()
-    runs = [lines["membership"][name] for name in ("not private", "epsilon 8", "epsilon 2")]
+    runs = [
+        lines["membership"][name] for name in ("not private", "epsilon 8", "epsilon 2", "control")
+    ]
     assert all(run["gain"]["advantage"].keys() == {"value", "interval"} for run in runs)
     assert runs[1]["noise_multiplier"] < runs[2]["noise_multiplier"]
