@@ -9,6 +9,10 @@
     - StudentError           distill.student: no legal student of that size
     - SiteStateError         client.site_state: what a site kept between rounds is damaged
     - FleetKeyError          client.superlink: the SuperLink does not take the site's key
+    - RequestError           client.request: what a run asks is no request
+    - BudgetError            client.accountant: no noise keeps within this budget
+    - FingerprintError       client.fingerprint: the secret of a site's fingerprints
+    - NotALedgerError        client.chain: there is no ledger in that place
   - EventLogError            federation.events: a line of a run's log that cannot be read
   - WireError                federation.wire: bytes that are not the update they claim to be
     - MissingReferenceError  federation.wire: a change of an adapter that this side does not hold
@@ -20,6 +24,9 @@
   - LinkError                client.trainer_link: no question or no answer
     - TrainerLostError       client.trainer_link: nobody answers at the trainer's socket
   - Refused                  client.reasons: this site's policy does not allow it
+  - LedgerError              client.chain: a ledger that is broken, in use, or takes no row
+  - PrivacyError             client.record_gradients: one record cannot be told apart
+  - SecureSumError           federation.secure_messages: a secure sum that cannot go on
   - ChildError               client.child: a program of the site ends as soon as it is started
 
 Each message holds the value seen, what was expected, and the way out. No message ever holds
