@@ -35,7 +35,7 @@ class Kept:
 
     server_round: int
     question: str
-    """sha256 of what was asked: see `client.trainer.question_digest`."""
+    """sha256 of what was asked: `client.trainer.Question.digest`."""
     adapter: str
     """Content digest of the adapter that was asked about."""
     sha256: str
@@ -109,7 +109,8 @@ class Answers:
     ) -> Kept:
         """Put an answer on disk; it is there when this returns."""
         # An update says something of the records behind it: it is for no other user of the machine.
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.parent.chmod(0o700)
         digest = hashlib.sha256(update).hexdigest()
         kept = Kept(server_round, question, adapter, digest, len(update), dict(metrics))
         write_atomically(self.path(kept), update)

@@ -6,7 +6,6 @@ beside the update, `record` once the answer is on disk and before a byte of it l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Self
@@ -138,7 +137,7 @@ class SiteGate:
 
 def _request_of(question: Question) -> SiteRequest:
     """Return the request of a question, with what the message itself says of its adapter."""
-    request = parse_request(json.dumps(dict(question.head)).encode())
+    request = parse_request(question.content)
     return with_facts(
         request,
         shapes=question.shapes,

@@ -35,8 +35,10 @@ _NOT_ASKED = ("bundle", "signature")
 class Question:
     """What a run asks of this site in one round: what its policy judges."""
 
+    content: bytes = field(repr=False)
+    """The head as it came: a policy parses it anew, more strictly."""
     head: Mapping[str, Any] = field(repr=False)
-    """As it came, parsed."""
+    """The same, parsed."""
     request: RoundRequest
     settings: TrainingSettings
     base_model: str
@@ -126,7 +128,7 @@ class Trainer:
     def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
         values, request, settings = read_head(head)
         received = open_received(message, self._site, request)
-        question = _question(values, request, settings, received, self._site)
+        question = _question(head, values, request, settings, received, self._site)
         answers = Answers(self._site.state, request.run)
         kept = answers.find(request.server_round, question.digest)
         is_new = kept is None
@@ -190,6 +192,7 @@ def read_head(head: bytes) -> tuple[dict[str, Any], RoundRequest, TrainingSettin
 
 
 def _question(
+    content: bytes,
     values: Mapping[str, Any],
     request: RoundRequest,
     settings: TrainingSettings,
@@ -197,6 +200,7 @@ def _question(
     site: Site,
 ) -> Question:
     return Question(
+        content,
         values,
         request,
         settings,

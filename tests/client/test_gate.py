@@ -78,7 +78,9 @@ class Box:
         )
         return encode(adapter, dtype="float32", base_model=model_digest(self.base_model))
 
-    def ask(self, head: dict[str, Any], message: bytes | None = None, **limits: Any) -> Reply:
+    def ask(
+        self, head: dict[str, Any] | bytes, message: bytes | None = None, **limits: Any
+    ) -> Reply:
         """Ask a trainer that begins its life with this question."""
         base = {"models": {"base": [model_digest(self.base_model)]}}
         policy = Policy.model_validate(changed({**LIMITS, **base}, **limits))
@@ -92,7 +94,8 @@ class Box:
 
         now = datetime(2026, 11, 24, 12, tzinfo=UTC)
         with SiteGate(policy, Ledger.open(self.ledger), data_set, say=say, now=lambda: now) as gate:
-            return Trainer(self.site, gate, say).answer(json.dumps(head).encode(), path, scratch)
+            content = head if isinstance(head, bytes) else json.dumps(head).encode()
+            return Trainer(self.site, gate, say).answer(content, path, scratch)
 
     @property
     def ledger(self) -> Path:
@@ -211,3 +214,16 @@ def test_what_is_no_request_is_answered_with_an_error_and_nothing_else(
     reply = box.ask(head)
     assert (reply.update, reply.head["code"]) == (None, SITE_ERROR)
     assert read_ledger(box.ledger).rows == []
+
+
+def test_a_key_that_is_said_twice_is_no_request(box: Box) -> None:
+    twice = json.dumps(HEAD)[:-1] + f', "run": "{RUN}"}}'
+    reply = box.ask(twice.encode())
+    assert (reply.update, reply.head["code"]) == (None, SITE_ERROR)
+    assert "twice" in reply.head["reason"]
+
+
+def test_answers_are_closed_to_other_users_in_a_state_directory_that_was_open(box: Box) -> None:
+    box.site.state.chmod(0o755)
+    update_of(box.ask(HEAD))
+    assert (box.site.state / "answers").stat().st_mode & 0o777 == 0o700
