@@ -15,7 +15,6 @@ from typing import Any
 
 LEVELS = ("debug", "info", "warning", "error")
 _LEVEL_OF = {
-    "poll_failed": "warning",
     "superlink_away": "warning",
     "not_activated": "warning",
     "message_lost": "warning",
