@@ -68,11 +68,12 @@ def verify(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Check every row against the one before it, and the last one against the head file."""
+    """Check the chain of rows, its end against the head file, and every epsilon anew."""
     from dataclasses import asdict
 
     from client.chain import LedgerError
     from client.ledger import read_ledger
+    from client.ledger_audit import check_epsilons
 
     path, _ = _find(place)
     contents = read_ledger(path)
@@ -81,14 +82,15 @@ def verify(
             f"{path} holds together, but no release in it has the hash {noted[:16]}…: it is "
             "another history than the one that was noted"
         )
+    check_epsilons(path, contents)
     head = contents.head
     result: dict[str, Any] = {"ledger": str(path), **asdict(head), "releases": len(contents.rows)}
     print_result(
         result,
         as_json,
         lambda: typer.echo(
-            f"{path}: {head.count} rows hold together, {len(contents.rows)} of them releases; "
-            f"the last is {head.hash}"
+            f"{path}: {head.count} rows hold together, {len(contents.rows)} of them releases whose "
+            f"epsilons are what they amount to; the last is {head.hash}"
         ),
     )
 

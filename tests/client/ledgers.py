@@ -51,8 +51,8 @@ def open_ledger(path: Path, **changes) -> Ledger:
     return Ledger.open(path, **({"now": noon, "epsilon_of": steps_only} | changes))
 
 
-def fill(path: Path, num_rounds: int) -> None:
+def fill(path: Path, num_rounds: int, **changes) -> None:
     """Write a release a round, of three data sets that overlap."""
-    with open_ledger(path) as ledger:
+    with open_ledger(path, **changes) as ledger:
         for server_round in range(1, num_rounds + 1):
             ledger.append(entry(server_round, data_set=data_set(*range(server_round % 3, 10))))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from client.accountant import PrivacyEvent, epsilon_of
 from client.chain import head_path
 from client.ledger import read_ledger
-from tests.client.ledgers import RUN, entry, fill, open_ledger
+from tests.client.ledgers import RUN, data_set, entry, fill, open_ledger
 from tests.client.test_cli import run
 from tests.client.test_ledger import ROOT, tamper
 
@@ -16,6 +17,13 @@ from tests.client.test_ledger import ROOT, tamper
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
     fill(tmp_path / "state" / "ledger.db", 3)
+    return tmp_path / "state" / "ledger.db"
+
+
+@pytest.fixture
+def genuine(tmp_path: Path) -> Path:
+    """The same, with the epsilons of the real accountant."""
+    fill(tmp_path / "state" / "ledger.db", 3, epsilon_of=epsilon_of)
     return tmp_path / "state" / "ledger.db"
 
 
@@ -47,15 +55,40 @@ def test_a_site_toml_leads_to_the_ledger_and_to_the_limit(monkeypatch, capsys, f
     assert "`state` is missing" in capsys.readouterr().err
 
 
-def test_verify_says_yes_or_names_the_first_broken_row(monkeypatch, capsys, filled):
-    assert run(monkeypatch, "ledger", "verify", filled) == 0
+def test_verify_says_yes_or_names_the_first_broken_row(monkeypatch, capsys, genuine):
+    assert run(monkeypatch, "ledger", "verify", genuine) == 0
     assert "6 rows hold together, 3 of them releases" in capsys.readouterr().out
-    assert run(monkeypatch, "ledger", "verify", filled, "--json") == 0
+    assert run(monkeypatch, "ledger", "verify", genuine, "--json") == 0
     assert json.loads(capsys.readouterr().out)["count"] == 6
-    tamper(filled, "UPDATE rows SET body = replace(body, '4096', '4097') WHERE number = 4")
+    tamper(genuine, "UPDATE rows SET body = replace(body, '4096', '4097') WHERE number = 4")
     for command in ("verify", "show"):
-        assert run(monkeypatch, "ledger", command, filled) == 1
+        assert run(monkeypatch, "ledger", command, genuine) == 1
         assert "row 4 is broken" in capsys.readouterr().err
+
+
+def test_verify_computes_every_epsilon_anew(monkeypatch, capsys, tmp_path):
+    """A program that undercounts writes a chain without a fault."""
+    path = tmp_path / "ledger.db"
+    fill(path, 1, epsilon_of=epsilon_of)
+    with open_ledger(path, epsilon_of=lambda events, delta: epsilon_of(events[-1:], delta)) as book:
+        book.append(entry(2, data_set=data_set(1, 77)))  # shares one record with the first
+    rows = read_ledger(path).rows
+    assert rows[0].epsilon == pytest.approx(rows[1].epsilon)
+    assert run(monkeypatch, "ledger", "verify", path) == 1
+    both = epsilon_of([row.event for row in rows], rows[1].delta)
+    expected = (
+        f"row 4 says epsilon {rows[1].epsilon:.6g}, and the rows up to it amount to {both:.6g}"
+    )
+    assert expected in capsys.readouterr().err
+
+
+def test_verify_takes_data_sets_that_share_nothing_apart(monkeypatch, tmp_path):
+    path = tmp_path / "ledger.db"
+    with open_ledger(path, epsilon_of=epsilon_of) as book:
+        alone = book.append(entry(1, data_set=data_set(1, 2)))
+        assert book.append(entry(2, data_set=data_set(3, 4))).epsilon == alone.epsilon
+        book.append(entry(3, event=PrivacyEvent(0.0, 0.1, 4), data_set=data_set(3, 5)))
+    assert run(monkeypatch, "ledger", "verify", path) == 0
 
 
 @pytest.mark.parametrize("content", [None, "", "some text"])
@@ -67,13 +100,14 @@ def test_verify_of_something_else_is_the_users_mistake(monkeypatch, capsys, tmp_
     assert "is not a ledger" in capsys.readouterr().err
 
 
-def test_a_noted_head_convicts_a_history_that_was_made_up(monkeypatch, capsys, filled, tmp_path):
-    assert run(monkeypatch, "ledger", "show", filled, "--head", "--json") == 0
+def test_a_noted_head_convicts_a_history_that_was_made_up(monkeypatch, capsys, genuine, tmp_path):
+    assert run(monkeypatch, "ledger", "show", genuine, "--head", "--json") == 0
     noted = json.loads(capsys.readouterr().out)["hash"]
-    with open_ledger(filled) as ledger:
+    with open_ledger(genuine, epsilon_of=epsilon_of) as ledger:
         ledger.append(entry(4))
-    assert run(monkeypatch, "ledger", "verify", filled, "--noted", noted) == 0
-    fill(tmp_path / "new" / "ledger.db", 2)  # both files made anew, with less in them
+    assert run(monkeypatch, "ledger", "verify", genuine, "--noted", noted) == 0
+    # Both files made anew, with less in them.
+    fill(tmp_path / "new" / "ledger.db", 2, epsilon_of=epsilon_of)
     capsys.readouterr()
     assert run(monkeypatch, "ledger", "verify", tmp_path / "new" / "ledger.db") == 0
     assert run(monkeypatch, "ledger", "verify", tmp_path / "new" / "ledger.db", "--noted", noted)
