@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The modules of benchmarks/ that are measurements; the others are what these share.
 BENCHMARKS := aggregation rounds deployment distillation_loss plan_constants secure_sum
 
-.PHONY: demo deployment test test-slow check bench nginx clean
+.PHONY: demo deployment test test-slow check bench nginx proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/four_institutions/demo.py --out demo
@@ -38,6 +38,10 @@ nginx:
 	  echo "error: nginx is not installed: run 'sudo apt-get install nginx-light', or install nginx 1.18 or newer your system's way" >&2; exit 2; \
 	fi; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light > /dev/null
+
+# After a change of client/trainer.proto; a test compares the result with what is committed.
+proto: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. client/trainer.proto
 
 clean:
 	rm -rf $(VENV) demo deployment build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from client.batches import Example, batches_of_like_length, encode_records
 from client.cleaning import clean, content_digest
 from client.records import DataError, Record, read_records
+from client.training import refuse_privacy
 from client.work import Work
 from distill.settings import DistillationSettings
 from distill.student import Plan, describe, plan_student
@@ -60,6 +61,7 @@ def distil(inputs: Inputs, settings: DistillationSettings) -> dict[str, Any]:
         UserError: An input is wrong or ``out`` exists. Nothing is written then.
     """
     refuse_existing(inputs.out)
+    refuse_privacy(settings.training)
     plan = plan_student(inputs.student, inputs.teacher)
     _check_adapter(inputs.adapter)
     training, heldout = read_splits(inputs.data, inputs.heldout, settings.heldout_records)

@@ -135,3 +135,17 @@ def test_training_settings_that_are_no_table_are_refused(tiny_model: Path, tmp_p
             *("--out", tmp_path / "out", "--settings", settings),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_should_be_private_is_refused_before_anything_is_written(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[training]\nnoise_multiplier = 1.0\ncheckpoint_every = 0\n")
+    data = write_records(tmp_path / "data.jsonl", 8)
+    with pytest.raises(UserError, match="noise_multiplier is 1 where records"):
+        run(
+            *("--teacher", tiny_model, "--student", "0.9x", "--data", data),
+            *("--out", tmp_path / "out", "--settings", settings),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "settings.toml"]
