@@ -1,0 +1,182 @@
+"""A run with differential privacy on three sites whose policies are the template's.
+
+Flower's messages, the real trainer, the real policy and the real ledger of every site, in this
+process and without a network.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Error, Message
+
+from client.accountant import PrivacyEvent, epsilon_of
+from client.fingerprint import fingerprint, read_secret
+from client.flower import content_of
+from client.gate import SiteGate
+from client.ledger import LEDGER, Ledger, read_ledger
+from client.policy import read_policy
+from client.policy_template import policy_template
+from client.round import site_records
+from client.site import Site
+from client.trainer import Trainer
+from client.trainer_link import request_head
+from federation import server_app
+from federation.adapter import read_adapter
+from federation.events import Event, RoundFinished, SiteFailed, UpdateReceived, read_events
+from federation.server_app import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
+from federation.status import summarise
+from tests.conftest import write_records
+from tests.simulated import LocalGrid
+
+NUM_RECORDS, DELTA = 40, 1e-6
+ROUND_COST = PrivacyEvent(noise_multiplier=2.0, sampling_rate=4 / NUM_RECORDS, steps=2)
+"""What a round of `RUN` spends at each site."""
+RUN: dict[str, Any] = {
+    "num_rounds": 4,
+    "num_sites": 3,
+    "quorum": 2,
+    "round_attempts": 1,
+    "aggregation": "alternating",
+    "metrics": "seconds",
+    "adapter.rank": 4,
+    "training.num_steps": 2,
+    "training.batch_size": 4,
+    "training.max_tokens": 64,
+    "training.dtype": "float32",
+    "training.noise_multiplier": 2.0,
+}
+
+
+class Institution:
+    """One site: its trainer behind its policy and its ledger."""
+
+    def __init__(self, base_model: Path, directory: Path, epsilon: float) -> None:
+        data = write_records(directory / "data.jsonl", NUM_RECORDS, topic=directory.name)
+        self.site = Site(base_model, data, directory.name, directory / "state", None)
+        self.site.state.mkdir()
+        # What an officer has to change for this run: whom to let in, how few to be summed with
+        # (nobody hides the single update here), and how much to spend.
+        text = policy_template()
+        for before, after in (
+            ("base = []", 'base = ["any"]'),
+            ("allowed = []", 'allowed = ["any"]'),
+            ("secure_sum_required = true", "secure_sum_required = false"),
+            ("min_cohort = 3", "min_cohort = 2"),
+            ("epsilon = 8.0", f"epsilon = {epsilon}"),
+        ):
+            assert text.count(before) == 1, before
+            text = text.replace(before, after)
+        policy = directory / "policy.toml"
+        policy.write_text(text)
+        data_set = fingerprint(site_records(data), read_secret(self.site.state))
+        ledger = Ledger.open(self.ledger)
+        noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
+        self.gate = SiteGate(
+            read_policy(policy), ledger, data_set, say=lambda *_, **__: None, now=lambda: noon
+        )
+        self.trainer = Trainer(self.site, self.gate, say=lambda *_, **__: None)
+
+    @property
+    def ledger(self) -> Path:
+        return self.site.state / LEDGER
+
+    def answer(self, message: Message) -> Message:
+        """Answer as the daemon does, without its socket."""
+        scratch = Path(tempfile.mkdtemp(dir=self.site.state))
+        arrived = scratch / "message"
+        arrived.write_bytes(bytes_of(message.content[ADAPTER][ADAPTER]))
+        records = message.content
+        head = request_head(dict(records[ROUND]), dict(records[TRAINING]), "c" * 64)
+        reply = self.trainer.answer(json.dumps(head).encode(), arrived, scratch)
+        if reply.update is None:
+            return Message(Error(reply.head["code"], reply.head["reason"]), reply_to=message)
+        content = content_of(
+            {ADAPTER: reply.update.read_bytes()},
+            {RESULT: reply.head["metrics"]},
+            {SITE: {"name": reply.head["site"]}},
+        )
+        return Message(content, reply_to=message)
+
+
+@pytest.fixture
+def institutions(tiny_model: Path, tmp_path: Path) -> Iterator[list[Institution]]:
+    """Three sites; the budget of the last, clinic, is enough for two rounds and not for three."""
+    two, three = (epsilon_of([ROUND_COST] * rounds, DELTA) for rounds in (2, 3))
+    budgets = {"bank": 8.0, "billing": 8.0, "clinic": (two + three) / 2}
+    sites = [Institution(tiny_model, tmp_path / name, budget) for name, budget in budgets.items()]
+    with ExitStack() as stack:
+        for each in sites:
+            stack.enter_context(each.gate)
+        yield sites
+
+
+def grid_of(institutions: list[Institution], base_model: Path, out: Path, **more: Any) -> LocalGrid:
+    values = RUN | {"base_model": str(base_model), "out": str(out)} | more
+    grid = LocalGrid([{"name": each.site.name} for each in institutions], values)
+    by_name = {each.site.name: each for each in institutions}
+
+    def answer(message: Message, context: Context) -> Message:
+        return by_name[str(context.node_config["name"])].answer(message)
+
+    grid.answer = answer
+    return grid
+
+
+def events(out: Path, kind: type[Event]) -> list[Any]:
+    return [event for _, event in read_events(out / "events.jsonl") if isinstance(event, kind)]
+
+
+def test_a_private_run_goes_on_without_the_site_whose_budget_is_spent(
+    institutions: list[Institution],
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    grid = grid_of(institutions, tiny_model, out)
+    server_app.main(grid, grid.server_context)
+
+    finished = events(out, RoundFinished)
+    assert [(e.num_updates, e.train_loss) for e in finished] == [(n, None) for n in (3, 3, 2, 2)]
+    assert summarise(out / "events.jsonl")["state"] == "finished"
+    assert read_adapter(out / "adapter").rank == 4
+
+    limit = f"{read_policy(institutions[2].site.data.parent / 'policy.toml').privacy.epsilon:.15g}"
+    sentence = (
+        "refused by this site's policy (privacy.epsilon): the privacy budget of this site's data "
+        f"(epsilon {limit} for life) does not cover this round"
+    )
+    failed = events(out, SiteFailed)
+    assert [(e.server_round, e.site) for e in failed] == [(3, "102"), (4, "102")]
+    assert all(sentence in e.reason for e in failed)
+    assert f"round 3: site 102 failed: {failed[0].reason}\n" in capsys.readouterr().err
+
+    # Nothing of the records but noised updates left a site, and its ledger has each once.
+    updates = events(out, UpdateReceived)
+    assert {(u.num_examples, u.train_loss) for u in updates} == {(None, None)}
+    for each, rounds in zip(institutions, (4, 4, 2), strict=True):
+        rows = read_ledger(each.ledger).rows
+        assert [row.server_round for row in rows] == list(range(1, rounds + 1))
+        assert {row.event for row in rows} == {ROUND_COST}
+        assert {tuple(row.metrics) for row in rows} == {("seconds",)}
+        sent = {u.sha256 for u in updates if u.name == each.site.name}
+        assert {row.sha256 for row in rows} == sent
+
+
+def test_a_run_that_asks_for_what_depends_on_the_records_is_refused_by_name(
+    institutions: list[Institution], tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    grid = grid_of(institutions, tiny_model, out, metrics="num-examples,train_loss,seconds")
+    with pytest.raises(SystemExit):
+        server_app.main(grid, grid.server_context)
+    reasons = {event.reason for event in events(out, SiteFailed)}
+    assert len(reasons) == 1
+    assert "(metrics.allowed): metric num-examples is not allowed: ask without it" in reasons.pop()
+    assert [read_ledger(each.ledger).rows for each in institutions] == [[], [], []]
