@@ -21,7 +21,6 @@ from client.flower import content_of
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
 from client.policy import read_policy
-from client.policy_template import policy_template
 from client.round import site_records
 from client.site import Site
 from client.trainer import Trainer
@@ -31,6 +30,7 @@ from federation.adapter import read_adapter
 from federation.events import Event, RoundFinished, SiteFailed, UpdateReceived, read_events
 from federation.server_app import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
 from federation.status import summarise
+from tests.client.policy_example import opened_template
 from tests.conftest import write_records
 from tests.simulated import LocalGrid
 
@@ -60,20 +60,8 @@ class Institution:
         data = write_records(directory / "data.jsonl", NUM_RECORDS, topic=directory.name)
         self.site = Site(base_model, data, directory.name, directory / "state", None)
         self.site.state.mkdir()
-        # What an officer has to change for this run: whom to let in, how few to be summed with
-        # (nobody hides the single update here), and how much to spend.
-        text = policy_template()
-        for before, after in (
-            ("base = []", 'base = ["any"]'),
-            ("allowed = []", 'allowed = ["any"]'),
-            ("secure_sum_required = true", "secure_sum_required = false"),
-            ("min_cohort = 3", "min_cohort = 2"),
-            ("epsilon = 8.0", f"epsilon = {epsilon}"),
-        ):
-            assert text.count(before) == 1, before
-            text = text.replace(before, after)
         policy = directory / "policy.toml"
-        policy.write_text(text)
+        policy.write_text(opened_template(epsilon))
         data_set = fingerprint(site_records(data), read_secret(self.site.state))
         ledger = Ledger.open(self.ledger)
         noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
