@@ -5,35 +5,47 @@ process and without a network.
 """
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message
+from flwr.common.config import parse_config_args
 
 from client.accountant import PrivacyEvent, epsilon_of
 from client.fingerprint import fingerprint, read_secret
 from client.flower import content_of
 from client.gate import SiteGate
-from client.ledger import LEDGER, Ledger, read_ledger
-from client.policy import read_policy
+from client.ledger import LEDGER, Ledger, Spent, read_ledger
+from client.policy import Policy, read_policy
+from client.request import parse_request, with_facts
 from client.round import site_records
 from client.site import Site
 from client.trainer import Trainer
 from client.trainer_link import request_head
+from client.verdict import judge
 from federation import server_app
 from federation.adapter import read_adapter
 from federation.events import Event, RoundFinished, SiteFailed, UpdateReceived, read_events
 from federation.server_app import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
+from federation.settings import FederationSettings, load_settings
 from federation.status import summarise
 from tests.client.policy_example import opened_template
 from tests.conftest import write_records
 from tests.simulated import LocalGrid
 
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "running-across-institutions.md"
 NUM_RECORDS, DELTA = 40, 1e-6
 ROUND_COST = PrivacyEvent(noise_multiplier=2.0, sampling_rate=4 / NUM_RECORDS, steps=2)
 """What a round of `RUN` spends at each site."""
@@ -168,3 +180,49 @@ def test_a_run_that_asks_for_what_depends_on_the_records_is_refused_by_name(
     assert len(reasons) == 1
     assert "(metrics.allowed): metric num-examples is not allowed: ask without it" in reasons.pop()
     assert [read_ledger(each.ledger).rows for each in institutions] == [[], [], []]
+
+
+def guide_block(name: str) -> str:
+    pattern = rf"<!-- tested: {name} -->\n```bash\n(.*?)```"
+    (block,) = re.findall(pattern, GUIDE.read_text(), re.DOTALL)
+    return str(block)
+
+
+def test_the_guides_private_run_is_one_that_the_template_lets_in() -> None:
+    plan, start = (shlex.split(line) for line in guide_block("private run").splitlines())
+    values = parse_config_args([start[-1]])
+    settings = load_settings(FederationSettings, values, "the guide")
+    planned = dict(pair.split("=") for flag, pair in pairwise(plan) if flag == "--set")
+    assert {key: str(values[key]) for key in planned} == planned
+    head = {
+        "run": "ab" * 16,
+        "bundle": "c" * 64,
+        "server_round": settings.num_rounds,
+        "uplink": settings.wire.uplink,
+        "downlink": settings.wire.downlink,
+        "trains": "A",
+        "aggregation": settings.aggregation,
+        "cohort": settings.quorum,
+        "training": settings.training,
+        "metrics": settings.asked_metrics,
+    }
+    asked = with_facts(
+        parse_request(json.dumps(head).encode()),
+        shapes={"model.layers.0.self_attn.q_proj": (64, 64)},
+        rank=settings.adapter.rank,
+        alpha=settings.adapter.alpha,
+        base_model="d" * 64,
+        content_digest="e" * 64,
+    )
+    policy = Policy.model_validate(tomllib.loads(opened_template(8.0)))
+    noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    spent = Spent(events=(), num_records=4000, answered={})
+    assert judge(asked, policy, spent, noon, epsilon_of).rule == "allowed"
+
+
+def test_the_guides_epsilon_is_what_its_command_prints() -> None:
+    command = shlex.split(guide_block("epsilon of a run"))
+    done = subprocess.run(
+        [sys.executable, *command[1:]], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "(this prints " + done.stdout.strip() + ", for a delta of 1e-6)" in GUIDE.read_text()
