@@ -8,7 +8,8 @@ every site weighs the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,18 @@ def metric_names(setting: str) -> tuple[str, ...]:
     return names
 
 
+def number_in(record: Mapping[str, object], name: str) -> float | None:
+    """Return a number of a site's record as it is, or None where there is none to be read."""
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def count_in(record: Mapping[str, object], name: str) -> int | None:
+    """Return a count of a site's record, or None where there is none to be read."""
+    value = number_in(record, name)
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
 def check_metrics(reply: Reply, asked: Sequence[str]) -> None:
     """Compare the numbers beside an update with what was asked for; the others are not looked at.
 
@@ -57,7 +70,7 @@ def check_metrics(reply: Reply, asked: Sequence[str]) -> None:
     for name in asked:
         value = getattr(reply, _FIELDS[name])
         if value is None:
-            raise WireError(f"the reply lacks {name}, which this run asks for (setting metrics)")
+            raise WireError(f"the reply brings no number {name}, which this run asks for")
         if name == "num-examples" and not 1 <= value <= MAX_EXAMPLES:
             raise WireError(f"num_examples is {value}: expected 1 to {MAX_EXAMPLES}")
         # The comparison is False for NaN.

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from federation.errors import FedgeError
 from federation.events import Event, RoundFinished, RunResumed, SiteFailed, SiteLate
 from federation.exchange import LIFETIME, RoundError
+from federation.metrics import count_in, number_in
 from federation.rounds import run_rounds
 from federation.settings import FederationSettings, load_settings
 from federation.sites import Reply, Request
@@ -252,9 +253,9 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
             site,
             server_round,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]) if "num-examples" in result else None,
-            train_loss=float(result["train_loss"]) if "train_loss" in result else None,
-            seconds=float(result["seconds"]) if "seconds" in result else None,
+            num_examples=count_in(result, "num-examples"),
+            train_loss=number_in(result, "train_loss"),
+            seconds=number_in(result, "seconds"),
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others
