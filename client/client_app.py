@@ -35,7 +35,7 @@ from client.settings import TrainingSettings
 from client.site import Site, find_site
 from client.trainer_link import ask, request_head
 from federation.errors import FedgeError
-from federation.server_app import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
+from federation.grid_sites import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
 
 app = ClientApp()
 

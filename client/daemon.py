@@ -158,7 +158,7 @@ def _keep_up(life: _Life, trainer: Child | None) -> None:
 
 def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:
     """Answer the message in hand, or leave it in hand for the next life."""
-    from federation.server_app import ADAPTER, RESULT, SITE
+    from federation.grid_sites import ADAPTER, RESULT, SITE
 
     life.log.say("asked", kind=asked.kind, group=asked.group, bundle=asked.bundle[:16])
     life.health.update(run=str(asked.run_id), server_round=_number(asked.group), is_busy=True)
@@ -205,7 +205,7 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
     Raises:
         LinkError: The message is no question for a trainer.
     """
-    from federation.server_app import ADAPTER, ROUND, TRAINING
+    from federation.grid_sites import ADAPTER, ROUND, TRAINING
 
     if asked.kind != "train":
         raise LinkError(f"this site answers train messages, not {asked.kind[:40]!r}")

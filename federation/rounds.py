@@ -6,7 +6,7 @@ disk; the fold walks over the modules with one module of each site in memory, in
 the updates' digests, so the order of arrival changes nothing; the run directory commits a round
 in one rename.
 
-`run_rounds` knows nothing of Flower: it speaks to `Sites`, which `server_app` implements with a
+`run_rounds` knows nothing of Flower: it speaks to `Sites`, which `grid_sites` implements with a
 grid and the tests in memory.
 """
 

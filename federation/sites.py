@@ -1,6 +1,6 @@
 """The sites of a federation as the rounds see them: what they are asked and what they answer.
 
-`server_app` implements `Sites` with a Flower grid, the tests in memory.
+`grid_sites` implements `Sites` with a Flower grid, the tests in memory.
 """
 
 from collections.abc import Mapping, Sequence
