@@ -115,6 +115,18 @@ def answer_received(
     Raises:
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
+    trained, num_examples, train_loss = train_received(received, site, settings, request)
+    update = _encode_reply(trained, received, site, request, scratch)
+    return Answer(update, num_examples, train_loss)
+
+
+def train_received(
+    received: Update, site: Site, settings: TrainingSettings, request: RoundRequest
+) -> tuple[Adapter, int, float]:
+    """Return the adapter as the site's records made it, their number, and the mean loss.
+
+    Arguments and errors as `answer_received`; nothing is written.
+    """
     from client.privacy import train_records
 
     adapter = received.adapter()
@@ -128,8 +140,7 @@ def answer_received(
         model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1
     ).steps
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
-    update = _encode_reply(trained, received, site, request, scratch)
-    return Answer(update, len(examples), sum(step.loss for step in steps) / len(steps))
+    return trained, len(examples), sum(step.loss for step in steps) / len(steps)
 
 
 def open_received(path: Path, site: Site, request: RoundRequest) -> Update:

@@ -32,6 +32,13 @@ class Request:
     """Of the whole run; 0 = not said."""
     cohort: int = 0
     """Fewest updates in the average: the quorum; 0 = not said."""
+    secure_sum: Mapping[str, int | float] | None = None
+    """The terms of a secure sum (client.request.SecureSumTerms), of which this asks a stage."""
+    stage: str = ""
+    """federation.secure_messages.Stage. In all but the first ``message`` is what that module says,
+    not an adapter."""
+    attempt: int = 0
+    """At the round's secure sum, from 1 on."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
@@ -43,7 +50,11 @@ class Reply:
     site: str
     server_round: int
     """Of the request that it answers."""
+    stage: str = ""
+    """Of the request that it answers, like ``attempt``."""
+    attempt: int = 0
     update: bytes | memoryview | None = None
+    """In a secure sum what the site says in this stage."""
     error: str | None = None
     lacks_reference: bool = False
     """The error is that the site does not hold the adapter that a change stands on."""

@@ -489,7 +489,7 @@ def test_nobody_at_the_socket_is_said_so(tmp_path: Path) -> None:
 def test_parts_read_back_what_was_written() -> None:
     head, chunks = read_parts(write_parts(b'{"a": 1}', iter([b"x", b"yz"])))
     assert (read_object(head), list(chunks)) == ({"a": 1}, [b"x", b"yz"])
-    assert read_head(json.dumps(head_of(7)).encode())[1].server_round == 7
+    assert read_head(json.dumps(head_of(7)).encode()).request.server_round == 7
 
 
 def test_the_generated_code_is_that_of_the_proto_file(tmp_path: Path) -> None:
