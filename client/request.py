@@ -25,6 +25,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from client.settings import TrainingSettings
 from federation.errors import UserError
 from federation.header import MAX_ALPHA, MAX_RANK, message_bytes, num_numbers
+from federation.metrics import METRICS
 from federation.run_signature import canonical_json, run_description
 from federation.settings import AGGREGATIONS, Dtype, Settings
 
@@ -34,7 +35,6 @@ MAX_ATTEMPTS = 1_000_000_000
 MAX_COHORT = 10_000
 MAX_SECURE_COHORT = 64
 """federation.secure_messages.MAX_COHORT, which a policy's command need not load."""
-DEFAULT_METRICS = ("num-examples", "train_loss", "seconds")
 _MAX_DEPTH = 4
 """A request is an object of tables and lists of names: nothing in it is deeper."""
 _LARGEST_INT = 2**63 - 1
@@ -117,7 +117,7 @@ class SiteRequest(StrictSettings):
     """What the server makes of the updates, by its own word."""
     training: dict[str, Any]
     """As it was sent: what a signature covers. Read ``training_settings``."""
-    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, max_length=64)] = DEFAULT_METRICS
+    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, max_length=64)] = METRICS
     """What the run wants back beside the update."""
     num_rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
     """Rounds of the whole run. 0 = not said; a signed run must say it."""

@@ -194,9 +194,7 @@ def _masked(
     path = site.masked_vector(request, _pieces(answers.path(kept)), kept.num_examples, rng)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    trainer.gate.record(
-        question, replace(kept, sha256=digest, num_bytes=path.stat().st_size)
-    )
+    trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
     trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
     return path, dict(kept.metrics)
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ class GridSites:
         """Speak through ``grid``; a request and its reply expire after ``ttl_s``."""
         self._grid = grid
         self._ttl_s = ttl_s
-        self._pending: dict[str, tuple[str, int, float]] = {}
-        """Site, round and time of expiry by message id."""
+        self._pending: dict[str, tuple[Reply, float]] = {}
+        """An empty reply, with site, round and stage, and time of expiry by message id."""
         self._refused: deque[Reply] = deque()
         """Errors in the place of replies, for sites whose message the SuperLink did not take."""
         self._sent = self._next_look = 0.0
@@ -73,6 +74,8 @@ class GridSites:
                     "aggregation": request.aggregation,
                     "num_rounds": request.num_rounds,
                     "cohort": request.cohort,
+                    "metrics": list(request.metrics),
+                    **_secure_values(request),
                 }
             ),
         }
@@ -99,10 +102,11 @@ class GridSites:
         self._sent = self._next_look = time.monotonic()
         expires = self._sent + self._ttl_s
         for message_id, site in zip(ids, sites, strict=True):
+            reply = Reply(site, request.server_round, request.stage, request.attempt)
             if message_id:
-                self._pending[message_id] = (site, request.server_round, expires)
+                self._pending[message_id] = (reply, expires)
             else:
-                self._refused.append(Reply(site, request.server_round, error=_NOT_TAKEN))
+                self._refused.append(replace(reply, error=_NOT_TAKEN))
 
     def receive(self) -> Reply | None:
         """Pull the first reply that is there; ask for one message id at a time.
@@ -114,9 +118,9 @@ class GridSites:
         now = time.monotonic()
         if now < self._next_look:
             return None
-        self._pending = {key: value for key, value in self._pending.items() if value[2] > now}
-        for message_id, (site, server_round, _) in self._pending.items():
-            reply = self._pull(message_id, site, server_round)
+        self._pending = {key: value for key, value in self._pending.items() if value[1] > now}
+        for message_id, (empty, _) in self._pending.items():
+            reply = self._pull(message_id, empty)
             if reply is not None:
                 del self._pending[message_id]
                 return reply
@@ -124,8 +128,8 @@ class GridSites:
         self._next_look = done + pause_s(done - self._sent, done - now)
         return None
 
-    def _pull(self, message_id: str, site: str, server_round: int) -> Reply | None:
-        """Return the reply to one message, if it is there.
+    def _pull(self, message_id: str, empty: Reply) -> Reply | None:
+        """Return the reply to one message, if it is there: ``empty`` with what it says.
 
         The SuperLink looks at the heads of what a site sends, and here the bodies are read: what
         they raise is the site's. httpx says that the SuperLink is away or refuses to answer,
@@ -136,10 +140,9 @@ class GridSites:
         except (httpx.HTTPError, OSError):
             raise
         except Exception as error:  # whatever one site sends must not end the run of the others
-            return Reply(
-                site, server_round, error=f"the reply is not readable ({type(error).__name__})"
-            )
-        return _to_reply(site, server_round, messages[0]) if messages else None
+            reason = f"the reply is not readable ({type(error).__name__})"
+            return replace(empty, error=reason)
+        return _to_reply(empty, messages[0]) if messages else None
 
 
 def pause_s(waited_s: float, look_s: float) -> float:
@@ -189,31 +192,35 @@ def bytes_of(array: Array) -> memoryview:
     return content
 
 
-def _to_reply(site: str, server_round: int, message: Message) -> Reply:
+def _secure_values(request: Request) -> dict[str, Any]:
+    """Return what a secure sum says; a table is told in dotted keys."""
+    if request.secure_sum is None:
+        return {}
+    terms = {f"secure_sum.{name}": value for name, value in request.secure_sum.items()}
+    return {"stage": request.stage, "attempt": request.attempt, **terms}
+
+
+def _to_reply(empty: Reply, message: Message) -> Reply:
     try:
         if message.has_error():
             # Flower makes None of an empty reason.
             reason = _printable(message.error.reason or "no reason given", 500)
-            return Reply(
-                site,
-                server_round,
+            return replace(
+                empty,
                 error=f"error {message.error.code}: {reason}",
                 lacks_reference=message.error.code == REFERENCE_MISSING,
             )
         result = message.content[RESULT]
-        return Reply(
-            site,
-            server_round,
+        return replace(
+            empty,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]),
-            train_loss=float(result["train_loss"]),
-            seconds=float(result["seconds"]),
+            num_examples=int(result["num-examples"]) if "num-examples" in result else None,
+            train_loss=float(result["train_loss"]) if "train_loss" in result else None,
+            seconds=float(result["seconds"]) if "seconds" in result else None,
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others
-        return Reply(
-            site, server_round, error=f"the reply is not an update ({type(error).__name__})"
-        )
+        return replace(empty, error=f"the reply is not an update ({type(error).__name__})")
 
 
 def _printable(text: str, length: int) -> str:
