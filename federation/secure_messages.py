@@ -208,6 +208,18 @@ class Revealed(Settings):
     shares: Annotated[tuple[ShareOrNone, ...], Field(max_length=MAX_COHORT)]
 
 
+class Opening(Settings):
+    """All that was said up to the stage ``reveal``, from which a killed server goes on."""
+
+    terms: Terms
+    sites: tuple[str, ...]
+    """What the server calls each member of the roster, in its order."""
+    roster: Roster
+    sealed: Sealed
+    survivors: Survivors
+    agreements: Agreements
+
+
 Message = TypeVar("Message", bound=Settings)
 Asked = TypeVar("Asked", bound=Request)
 
