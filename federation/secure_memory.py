@@ -3,6 +3,7 @@
     DIR/attempt.json     the last attempt's round and number: none is ever used twice
         opening.json     all that was said before the last stage of a round, and of whom
         opening.sum      the masked sum
+        tried            that the last stage was tried in vain before
 
 `opening.json` comes last: without it there is no opening.
 """
@@ -13,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -60,13 +61,23 @@ class SecureMemory:
     def keep_opening(self, secure: SecureSum, parts: Mapping[str, Part]) -> None:
         """Put on disk what the last stage stands on; it is there when this returns."""
         opening, sum_N = secure.opening(), secure.masked_sum
-        (self._directory / "opening.json").unlink(missing_ok=True)
+        for name in ("opening.json", "tried"):
+            (self._directory / name).unlink(missing_ok=True)
         with atomic_file(self._directory / "opening.sum") as file:
             for start in range(0, len(sum_N), _PIECE):
                 file.write(pack(sum_N[start : start + _PIECE], opening.terms.ring_bits))
         said = {site: asdict(part) for site, part in parts.items()}
         text = json.dumps({"opening": opening.model_dump(mode="json"), "parts": said})
         write_atomically(self._directory / "opening.json", text)
+
+    def note_tried(self) -> None:
+        """Note that the opening was tried for as long as the settings say."""
+        write_atomically(self._directory / "tried", "")
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether it was."""
+        return (self._directory / "tried").is_file()
 
     def opening(self, server_round: int, subject: str) -> tuple[SecureSum, dict[str, Part]] | None:
         """Return the sum that a killed server had begun to open in this round, or None.
@@ -99,7 +110,7 @@ class SecureMemory:
             raise self._damaged(self._directory / "opening.sum")
         return SecureSum.reopened(opening, sum_N), parts
 
-    def _read(self, path: Path) -> dict[str, object]:
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:

@@ -102,7 +102,7 @@ class SecureExchange:
         else:
             attempt = self._masked(request, outgoing, subject)
             self._memory.keep_opening(attempt.secure, attempt.parts)
-        total = self._open(attempt, is_last_try=held is not None)
+        total = self._open(attempt)
         if total is None:
             return Gathered([outgoing.served], [1], [], {"sites": [], **_in_words(attempt)})
         return self._averaged(attempt, total, outgoing, trains)
@@ -247,7 +247,7 @@ class SecureExchange:
             events.SiteFailed(attempt.request.server_round, site, f"stage {stage}: {reason}")
         )
 
-    def _open(self, attempt: _Attempt, *, is_last_try: bool) -> WeightedSum | None:
+    def _open(self, attempt: _Attempt) -> WeightedSum | None:
         """Return the opened sum, or None where it can never be opened.
 
         Raises:
@@ -255,13 +255,15 @@ class SecureExchange:
         """
         secure, tries = attempt.secure, self._settings.round_attempts
         threshold, members = secure.terms.threshold, set(secure.waiting)
+        self._sites.wait_for(threshold, self._settings.round_timeout_s)
         for _ in range(tries):
             secure.waiting = {site for site in members if site not in secure.revealed}
             self._run_stage(attempt)
             if secure.num_came >= threshold:
                 break
         server_round = attempt.request.server_round
-        if secure.num_came < threshold and not is_last_try:
+        if secure.num_came < threshold and not self._memory.is_tried:
+            self._memory.note_tried()
             raise RoundError(
                 f"round {server_round}: {secure.num_came} sites answered in stage "
                 f"{Stage.REVEAL}, {threshold} are needed "

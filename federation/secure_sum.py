@@ -19,8 +19,9 @@ send sites different adapters or settings and keep one sum: they are in the term
 
 **Sites that collude with the server** (c of n) subtract what they sent: the others are hidden among
 at least t - c. They must be fewer than 2t - n, else the cohort can be split and told two stories;
-with federation.settings.default_threshold that bears any third. A site that lies can end the round or spoil the
-sum (a masked vector cannot be looked at: no robust rule works under it), but it opens nothing.
+two thirds and one (federation.settings.default_threshold) bears any third. A site that lies can end
+the round or spoil the sum (a masked vector cannot be looked at: no robust rule works under it), but
+it opens nothing.
 
 **What the sum itself says.** It may say much about one site when the cohort is small, and the sums
 of two rounds more than one: hence the policy's least cohort, and record-level noise beside it. A
