@@ -64,20 +64,7 @@ class GridSites:
         records = {
             ADAPTER: ArrayRecord({ADAPTER: _byte_array(request.message)}),
             TRAINING: ConfigRecord(_scalars(request.training)),
-            ROUND: ConfigRecord(
-                {
-                    "server_round": request.server_round,
-                    "uplink": request.uplink,
-                    "downlink": request.downlink,
-                    "trains": request.trains,
-                    "run": request.run,
-                    "aggregation": request.aggregation,
-                    "num_rounds": request.num_rounds,
-                    "cohort": request.cohort,
-                    "metrics": list(request.metrics),
-                    **_secure_values(request),
-                }
-            ),
+            ROUND: ConfigRecord(round_values(request)),
         }
         if request.simulation is not None:
             records[SIMULATION] = ConfigRecord(dict(request.simulation))
@@ -192,12 +179,23 @@ def bytes_of(array: Array) -> memoryview:
     return content
 
 
-def _secure_values(request: Request) -> dict[str, Any]:
-    """Return what a secure sum says; a table is told in dotted keys."""
+def round_values(request: Request) -> dict[str, Any]:
+    """Return what a message says of its round; a table is told in dotted keys."""
+    values = {
+        "server_round": request.server_round,
+        "uplink": request.uplink,
+        "downlink": request.downlink,
+        "trains": request.trains,
+        "run": request.run,
+        "aggregation": request.aggregation,
+        "num_rounds": request.num_rounds,
+        "cohort": request.cohort,
+        "metrics": list(request.metrics),
+    }
     if request.secure_sum is None:
-        return {}
+        return values
     terms = {f"secure_sum.{name}": value for name, value in request.secure_sum.items()}
-    return {"stage": request.stage, "attempt": request.attempt, **terms}
+    return values | terms | {"stage": request.stage, "attempt": request.attempt}
 
 
 def _to_reply(empty: Reply, message: Message) -> Reply:

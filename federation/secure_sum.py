@@ -384,7 +384,7 @@ class SecureSum:
             )
         self._sum = WeightedSum(
             terms=terms,
-            sites=tuple(names[place] for place in sorted(self._summed)),
+            sites=tuple(sorted(names[place] for place in self._summed)),
             total_examples=total,
             elements_N=self._elements_N,
         )

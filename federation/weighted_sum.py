@@ -29,7 +29,7 @@ class WeightedSum:
 
     terms: Terms
     sites: tuple[str, ...]
-    """Whose vectors are in it."""
+    """Whose vectors are in it, sorted."""
     total_examples: int
     """Of these sites, each counted up to ``max_examples``."""
     elements_N: Ring
