@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,6 @@ from client.gate import SiteGate
 from client.identity import public_identity
 from client.ledger import LEDGER, Ledger
 from client.policy import Policy
-from client.reasons import code_and_reason
 from client.round import site_records
 from client.site import Site
 from client.trainer import Reply as Answer
@@ -162,8 +162,6 @@ class SecureSites:
         return self.arrived[-1]
 
     def _reply(self, each: Institution, empty: Reply, head: bytes, message: bytes) -> Reply:
-        from dataclasses import replace
-
         answer = each.answer(head, message)
         if answer.update is None:
             error = f"error {answer.head['code']}: {answer.head['reason']}"
@@ -178,6 +176,3 @@ class SecureSites:
             train_loss=metrics.get("train_loss"),
             seconds=metrics.get("seconds"),
         )
-
-
-__all__ = ["Institution", "SecureSites", "code_and_reason"]
