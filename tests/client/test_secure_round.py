@@ -1,4 +1,4 @@
-"""A site's trainer in secure sums, behind a real policy and ledger: what it says, keeps, refuses."""
+"""A site's trainer in secure sums, behind a real policy and ledger."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.identity import new_identity, public_identity, read_identity
 from client.ledger import LEDGER, Row, read_ledger
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.header import num_numbers
-from federation.masking import quantize
+from federation.masking import pack, quantize
 from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
 from federation.secure_sum import SecureSum
 from federation.settings import SettingsError
@@ -200,7 +201,7 @@ def test_trainers_that_are_killed_between_all_stages_give_the_same_sum(
         with SecureSites(tiny_model, tmp_path / f"sites-{len(restarts)}") as sites:
             sites.restarts = restarts
             secure = run_until(sites, asks())
-            sums.append(secure.result.elements_N.tobytes())
+            sums.append(pack(secure.result.elements_N, secure.result.terms.ring_bits))
             assert [row.stage for row in rows_of(sites, "a")] == ["secure"]
     assert sums[0] == sums[1]
 
@@ -295,7 +296,7 @@ def test_a_member_that_a_policy_does_not_list_gets_no_share(
 ) -> None:
     with SecureSites(tiny_model, tmp_path / "sites") as sites:
         stranger = sites.institutions["d"]
-        stranger.identity = type(stranger.identity).generate()
+        stranger.identity = Ed25519PrivateKey.generate()
         secure = run_until(sites, asks(), Stage.SHARE)
         replies = run_stage(sites, asks(), secure)
         others = errors({name: replies[name] for name in "abc"})
