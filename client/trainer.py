@@ -211,6 +211,7 @@ class Trainer:
             return kept, False
         started = time.perf_counter()
         answer = train()
+        self.say("trained", run=question.request.run, server_round=server_round)
         measured = {
             "num-examples": answer.num_examples,
             "train_loss": answer.train_loss,

@@ -6,6 +6,7 @@ sites.restarts = {Stage.AGREE}              every trainer is started anew before
 sites.before[Stage.REVEAL] = action         something happens before that stage is asked
 """
 
+import gc
 import json
 import tempfile
 from collections import Counter
@@ -106,6 +107,8 @@ class SecureSites:
         num_records: Sequence[int] = (),
         **limits: Any,
     ) -> None:
+        # Each training ends with a whole garbage collection: what is alive now is passed over.
+        gc.freeze()
         counts = [*num_records, *[NUM_RECORDS] * (len(names) - len(num_records))]
         self.institutions = {
             name: Institution(base_model, directory / name, index, counts[index])
@@ -129,6 +132,7 @@ class SecureSites:
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         for each in self.institutions.values():
             each.stop()
 
@@ -153,6 +157,10 @@ class SecureSites:
                 continue
             empty = Reply(name, request.server_round, request.stage, request.attempt)
             self._replies.append(self._reply(each, empty, head, request.message.read_bytes()))
+
+    def late(self, reply: Reply) -> None:
+        """Let a reply arrive that nobody asked for now."""
+        self._replies.append(reply)
 
     def receive(self) -> Reply | None:
         """Return the first reply that is there."""
