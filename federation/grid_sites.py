@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from federation.exchange import RoundError
+from federation.metrics import count_in, number_in
 from federation.sites import Reply, Request
 from federation.wire import REFERENCE_MISSING
 
@@ -212,9 +213,9 @@ def _to_reply(empty: Reply, message: Message) -> Reply:
         return replace(
             empty,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]) if "num-examples" in result else None,
-            train_loss=float(result["train_loss"]) if "train_loss" in result else None,
-            seconds=float(result["seconds"]) if "seconds" in result else None,
+            num_examples=count_in(result, "num-examples"),
+            train_loss=number_in(result, "train_loss"),
+            seconds=number_in(result, "seconds"),
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others
