@@ -73,6 +73,7 @@ class GridSites:
                     "aggregation": request.aggregation,
                     "num_rounds": request.num_rounds,
                     "cohort": request.cohort,
+                    "metrics": list(request.metrics),
                 }
             ),
         }
@@ -205,9 +206,9 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
             site,
             server_round,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]),
-            train_loss=float(result["train_loss"]),
-            seconds=float(result["seconds"]),
+            num_examples=int(result["num-examples"]) if "num-examples" in result else None,
+            train_loss=float(result["train_loss"]) if "train_loss" in result else None,
+            seconds=float(result["seconds"]) if "seconds" in result else None,
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others

@@ -39,9 +39,10 @@ def _say(event: Event) -> None:
     """Print what `flwr run --stream` should show while a run is under way."""
     match event:
         case RoundFinished():
+            loss = "–" if event.train_loss is None else f"{event.train_loss:.4f}"
             line = (
                 f"round {event.server_round}: {event.num_updates} updates, train loss "
-                f"{event.train_loss:.4f}, {event.seconds:.1f} s"
+                f"{loss}, {event.seconds:.1f} s"
             )
         case RunResumed():
             line = f"resumed at round {event.server_round}, with the settings of its run.json"
