@@ -199,6 +199,7 @@ class Exchange:
             num_rounds=settings.num_rounds,
             cohort=settings.quorum,
             metrics=settings.asked_metrics,
+            max_reply_bytes=attempt.outgoing.served.num_bytes + _HEADER_SLACK,
             simulation={
                 "base_model": settings.base_model,
                 "simulated_sites": settings.simulated_sites,

@@ -9,10 +9,10 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -29,15 +29,30 @@ _NOT_TAKEN = (
 )
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A message that was not answered yet."""
+
+    site: str
+    server_round: int
+    expires: float
+    """Of `time.monotonic`."""
+    max_bytes: int
+    """The longest update that is taken in."""
+
+
 class GridSites:
-    """The nodes of a Flower grid. Replies are pulled one id at a time, so one is in memory."""
+    """The nodes of a Flower grid. Replies are taken in one by one, so one is in memory."""
 
     def __init__(self, grid: Grid, ttl_s: float) -> None:
         """Speak through ``grid``; a request and its reply expire after ``ttl_s``."""
+        from federation.flower_grid import open_post
+
         self._grid = grid
+        self._post = open_post(grid)
         self._ttl_s = ttl_s
-        self._pending: dict[str, tuple[str, int, float]] = {}
-        """Site, round and time of expiry by message id."""
+        self._pending: dict[str, _Pending] = {}
+        """By message id."""
         self._refused: deque[Reply] = deque()
         """Errors in the place of replies, for sites whose message the SuperLink did not take."""
         self._sent = self._next_look = 0.0
@@ -89,58 +104,60 @@ class GridSites:
             )
             for site in sites
         ]
-        ids = list(self._grid.push_messages(messages))
-        if len(ids) != len(messages):
-            raise RoundError(
-                f"round {request.server_round}: the SuperLink answered for {len(ids)} of "
-                f"{len(messages)} messages: a site is gone, or the SuperLink (or a proxy before "
-                "it) refuses requests of this size (413 in this log); resume the run when that is "
-                "mended"
-            )
+        ids = self._push(messages, request.server_round)
         self._sent = self._next_look = time.monotonic()
         expires = self._sent + self._ttl_s
         for message_id, site in zip(ids, sites, strict=True):
             if message_id:
-                self._pending[message_id] = (site, request.server_round, expires)
+                self._pending[message_id] = _Pending(
+                    site, request.server_round, expires, request.max_reply_bytes
+                )
             else:
                 self._refused.append(Reply(site, request.server_round, error=_NOT_TAKEN))
 
-    def receive(self) -> Reply | None:
-        """Pull the first reply that is there; ask for one message id at a time.
+    def _push(self, messages: Sequence[Message], server_round: int) -> list[str | None]:
+        from federation.flower_grid import PushError
 
-        After a look at every id that found nothing, answers None without asking for a while.
+        try:
+            ids = self._post.push(messages)
+        except PushError as error:
+            raise RoundError(
+                f"round {server_round}: {error}: look at the SuperLink (its log, its disk, the "
+                "sizes that it and a proxy before it take) and resume the run when that is mended"
+            ) from None
+        if len(ids) != len(messages):
+            raise RoundError(
+                f"round {server_round}: the SuperLink answered for {len(ids)} of "
+                f"{len(messages)} messages: a site is gone, or the SuperLink (or a proxy before "
+                "it) refuses requests of this size (413 in this log); resume the run when that is "
+                "mended"
+            )
+        return ids
+
+    def receive(self) -> Reply | None:
+        """Return the first reply that is there.
+
+        After a look that found none, answers None without asking for a while; a reply that is on
+        its way is tried meanwhile.
         """
         if self._refused:
             return self._refused.popleft()
         now = time.monotonic()
-        if now < self._next_look:
+        self._pending = {key: value for key, value in self._pending.items() if value.expires > now}
+        limits = {key: value.max_bytes for key, value in self._pending.items()}
+        taken = self._post.take(limits)
+        if taken is None and now >= self._next_look:
+            self._post.look(limits)
+            taken = self._post.take(limits)
+            done = time.monotonic()
+            if taken is None:
+                self._next_look = done + pause_s(done - self._sent, done - now)
+        if taken is None:
             return None
-        self._pending = {key: value for key, value in self._pending.items() if value[2] > now}
-        for message_id, (site, server_round, _) in self._pending.items():
-            reply = self._pull(message_id, site, server_round)
-            if reply is not None:
-                del self._pending[message_id]
-                return reply
-        done = time.monotonic()
-        self._next_look = done + pause_s(done - self._sent, done - now)
-        return None
-
-    def _pull(self, message_id: str, site: str, server_round: int) -> Reply | None:
-        """Return the reply to one message, if it is there.
-
-        The SuperLink looks at the heads of what a site sends, and here the bodies are read: what
-        they raise is the site's. httpx says that the SuperLink is away or refuses to answer,
-        OSError is this machine's, and Flower's word for a run that was stopped is no Exception.
-        """
-        try:
-            messages = list(self._grid.pull_messages([message_id]))
-        except (httpx.HTTPError, OSError):
-            raise
-        except Exception as error:  # whatever one site sends must not end the run of the others
-            return Reply(
-                site, server_round, error=f"the reply is not readable ({type(error).__name__})"
-            )
-        return _to_reply(site, server_round, messages[0]) if messages else None
+        asked = self._pending.pop(taken.message_id)
+        if taken.message is None:
+            return Reply(asked.site, asked.server_round, error=taken.reason)
+        return _to_reply(asked.site, asked.server_round, taken.message)
 
 
 def pause_s(waited_s: float, look_s: float) -> float:

@@ -36,6 +36,8 @@ class Request:
     """Fewest updates in the average: the quorum; 0 = not said."""
     metrics: tuple[str, ...] = METRICS
     """Names of the numbers that are wanted beside the update."""
+    max_reply_bytes: int = 1 << 62
+    """A longer update is refused, where it can be before it is in memory."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
