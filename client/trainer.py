@@ -20,7 +20,13 @@ from typing import Any, Protocol
 
 from client.answers import Answers, Kept
 from client.reasons import code_and_reason
-from client.round import RoundRequest, answer_received, open_received, read_request
+from client.round import (
+    RoundRequest,
+    answer_received,
+    num_model_loads,
+    open_received,
+    read_request,
+)
 from client.settings import TrainingSettings
 from client.site import Site
 from client.trainer_link import LinkError, read_object
@@ -126,6 +132,8 @@ class Trainer:
             return Reply({"code": code, "reason": reason})
 
     def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
+        began = time.perf_counter()
+        training_s = 0.0
         values, request, settings = read_head(head)
         received = open_received(message, self._site, request)
         question = _question(head, values, request, settings, received, self._site)
@@ -136,6 +144,7 @@ class Trainer:
         if kept is None:
             started = time.perf_counter()
             answer = answer_received(received, self._site, settings, request, scratch=scratch)
+            training_s = answer.training_s
             kept = answers.keep(
                 request.server_round,
                 question=question.digest,
@@ -157,6 +166,9 @@ class Trainer:
             server_round=request.server_round,
             num_bytes=kept.num_bytes,
             is_new=is_new,
+            seconds=round(time.perf_counter() - began, 4),
+            training_s=round(training_s, 4),
+            num_model_loads=num_model_loads(),
         )
         return Reply(
             {

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ _NOT_TAKEN = (
 class _Pending:
     """A message that was not answered yet."""
 
-    site: str
-    server_round: int
+    empty: Reply
+    """Who was asked, and for what."""
     expires: float
     """Of `time.monotonic`."""
     max_bytes: int
@@ -108,12 +108,11 @@ class GridSites:
         self._sent = self._next_look = time.monotonic()
         expires = self._sent + self._ttl_s
         for message_id, site in zip(ids, sites, strict=True):
+            empty = Reply(site, request.server_round)
             if message_id:
-                self._pending[message_id] = _Pending(
-                    site, request.server_round, expires, request.max_reply_bytes
-                )
+                self._pending[message_id] = _Pending(empty, expires, request.max_reply_bytes)
             else:
-                self._refused.append(Reply(site, request.server_round, error=_NOT_TAKEN))
+                self._refused.append(replace(empty, error=_NOT_TAKEN))
 
     def _push(self, messages: Sequence[Message], server_round: int) -> list[str | None]:
         from federation.flower_grid import PushError
@@ -154,10 +153,10 @@ class GridSites:
                 self._next_look = done + pause_s(done - self._sent, done - now)
         if taken is None:
             return None
-        asked = self._pending.pop(taken.message_id)
+        empty = self._pending.pop(taken.message_id).empty
         if taken.message is None:
-            return Reply(asked.site, asked.server_round, error=taken.reason)
-        return _to_reply(asked.site, asked.server_round, taken.message)
+            return replace(empty, error=taken.reason)
+        return _to_reply(empty, taken.message)
 
 
 def pause_s(waited_s: float, look_s: float) -> float:
@@ -207,21 +206,20 @@ def bytes_of(array: Array) -> memoryview:
     return content
 
 
-def _to_reply(site: str, server_round: int, message: Message) -> Reply:
+def _to_reply(empty: Reply, message: Message) -> Reply:
+    """Return ``empty`` with what the message says."""
     try:
         if message.has_error():
             # Flower makes None of an empty reason.
             reason = _printable(message.error.reason or "no reason given", 500)
-            return Reply(
-                site,
-                server_round,
+            return replace(
+                empty,
                 error=f"error {message.error.code}: {reason}",
                 lacks_reference=message.error.code == REFERENCE_MISSING,
             )
         result = message.content[RESULT]
-        return Reply(
-            site,
-            server_round,
+        return replace(
+            empty,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
             num_examples=int(result["num-examples"]) if "num-examples" in result else None,
             train_loss=float(result["train_loss"]) if "train_loss" in result else None,
@@ -229,9 +227,7 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others
-        return Reply(
-            site, server_round, error=f"the reply is not an update ({type(error).__name__})"
-        )
+        return replace(empty, error=f"the reply is not an update ({type(error).__name__})")
 
 
 def _printable(text: str, length: int) -> str:
