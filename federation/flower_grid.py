@@ -48,8 +48,6 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 RETRY_S = (0.03, 2.0)
 """First and longest wait before a reply that was not whole is tried again; flwr has 1 and 10 s."""
-NUM_PROBED = 8
-"""Objects that are asked for one by one before the others: what a site may still be uploading."""
 PUSHES = 5
 """How often messages are pushed again when the SuperLink did not take one of their objects."""
 FAULTS_S = (0.2, 0.4, 0.8, 1.6, 3.2)
@@ -157,6 +155,8 @@ class HttpPost:
         self._grid = grid
         self._client: Any = grid._runtime_client
         self._announced: dict[str, _Announced] = {}
+        self._done: list[str] = []
+        """Replies whose objects may go: said in the next look, when nobody waits for it."""
         self._room = 0
         """Bytes that the reply in hand may still have."""
         self._lock = threading.Lock()
@@ -195,6 +195,7 @@ class HttpPost:
 
     def look(self, message_ids: Iterable[str]) -> None:
         """Ask, in one request, which of these messages are answered."""
+        self._let_go()
         wanted = [name for name in message_ids if name not in self._announced]
         if not wanted:
             return
@@ -231,14 +232,15 @@ class HttpPost:
                     continue
                 taken = Taken(message_id, message)
             del self._announced[message_id]
-            self._forget(announced)
+            self._done.append(announced.root)
             return taken
         return None
 
     def _fetch(self, announced: _Announced, max_bytes: int) -> Message | None:
         """Return a reply, or None while it is not whole: nothing is waited for.
 
-        What a site uploads last is asked for first, so that little comes in vain.
+        What a site uploads last is asked for first, and the first object that is not there ends the
+        try: little comes in vain.
 
         Raises:
             ReplyError: It is too long, or its objects are gone.
@@ -265,12 +267,8 @@ class HttpPost:
                 raise ReplyError(TOO_LONG)
             return content
 
-        ids = announced.object_ids
         try:
-            contents = {object_id: pull(object_id) for object_id in ids[:NUM_PROBED]}
-            contents |= pull_objects(list(ids[NUM_PROBED:]), pull, max_tries_per_object=1)
-        except ObjectUnavailableError:
-            return None
+            contents = pull_objects(list(announced.object_ids), pull, max_tries_per_object=1)
         except ObjectPullError:
             if not gone:
                 return None
@@ -306,14 +304,15 @@ class HttpPost:
             return False
         return True
 
-    def _forget(self, announced: _Announced) -> None:
-        """Let a reply's objects go: they will not be asked for again."""
-        request = ConfirmMessageReceivedRequest(
-            node=self._grid.node,
-            run_id=self._grid.run.run_id,
-            message_object_id=announced.root,
-        )
-        self._call(self._client.ConfirmMessageReceived, request)
+    def _let_go(self) -> None:
+        """Let the objects of the replies that were taken in go."""
+        while self._done:
+            request = ConfirmMessageReceivedRequest(
+                node=self._grid.node,
+                run_id=self._grid.run.run_id,
+                message_object_id=self._done.pop(),
+            )
+            self._call(self._client.ConfirmMessageReceived, request)
 
     def _refuse_long(self, response: httpx.Response) -> None:
         if response.request.url.path.endswith("/pull-object"):

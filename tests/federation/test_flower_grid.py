@@ -183,6 +183,7 @@ def test_a_message_reaches_its_site_and_the_reply_comes_back_whole(
         reply = taken(post, message_id)
     assert reply.message.content["adapter"]["adapter"].numpy().tobytes() == update
     assert reply.message.metadata.reply_to_message_id == message_id
+    post.look([])
     assert num_objects(superlink) == 0, "what was taken in is let go"
 
 
@@ -213,6 +214,7 @@ def test_a_reply_that_is_too_long_is_refused_before_it_is_in_memory(
         reply = taken(post, message_id, max_bytes=7_000_000)
     assert (reply.message, reply.reason) == (None, TOO_LONG)
     assert sum(len(piece.object_content) for piece in pieces) <= 7_000_000 + (1 << 20)
+    post.look([])
     assert num_objects(superlink) == 0
 
 
