@@ -158,9 +158,8 @@ def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
     def train() -> Answer:
         # Before the training: what is kept of it must not be taken for other records'.
         _write(site.state, request.run, question, data_set, facts)
-        trained, num_examples, train_loss = train_received(received, site, said.settings, request)
-        change = change_bytes(trained, received, request.trains)
-        return Answer(change, num_examples, train_loss)
+        trained, answer = train_received(received, site, said.settings, request)
+        return replace(answer, update=change_bytes(trained, received, request.trains))
 
     trainer.kept_answer(question, train)
     _refuse_other_records(_read(site.state, said), question, data_set)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from client.answers import Answers, Kept
 from client.reasons import code_and_reason
-from client.round import Answer, RoundRequest, answer_received, open_received, read_request
+from client.round import (
+    Answer,
+    RoundRequest,
+    answer_received,
+    num_model_loads,
+    open_received,
+    read_request,
+)
 from client.settings import TrainingSettings
 from client.site import Site
 from client.trainer_link import LinkError, read_object
@@ -166,6 +173,7 @@ class Trainer:
             return Reply({"code": code, "reason": reason})
 
     def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
+        began = time.perf_counter()
         said = read_head(head)
         if "stage" in said.head:
             from client.secure_round import answer_stage
@@ -176,7 +184,7 @@ class Trainer:
         request = said.request
         received = open_received(message, self.site, request)
         question = said.about(facts_of(received, self.site))
-        kept, is_new = self.kept_answer(
+        kept, training_s = self.kept_answer(
             question,
             lambda: answer_received(received, self.site, said.settings, request, scratch=scratch),
         )
@@ -186,15 +194,22 @@ class Trainer:
             run=request.run,
             server_round=request.server_round,
             num_bytes=kept.num_bytes,
-            is_new=is_new,
+            is_new=training_s is not None,
+            seconds=round(time.perf_counter() - began, 4),
+            training_s=round(training_s or 0.0, 4),
+            num_model_loads=num_model_loads(),
         )
         return Reply(
             self.reply_head(kept.num_bytes, kept.metrics),
             Answers(self.site.state, request.run).path(kept),
         )
 
-    def kept_answer(self, question: Question, train: Callable[[], Answer]) -> tuple[Kept, bool]:
-        """Return the answer to a question, on disk, and whether it was made now.
+    def kept_answer(
+        self, question: Question, train: Callable[[], Answer]
+    ) -> tuple[Kept, float | None]:
+        """Return the answer to a question, on disk, and how long it was trained for, in seconds.
+
+        None where it was given before.
 
         Args:
             question: What is asked.
@@ -208,7 +223,7 @@ class Trainer:
         kept = answers.find(server_round, question.digest)
         self.gate.allow(replace(question, is_repeated=kept is not None))
         if kept is not None:
-            return kept, False
+            return kept, None
         started = time.perf_counter()
         answer = train()
         self.say("trained", run=question.request.run, server_round=server_round)
@@ -225,7 +240,7 @@ class Trainer:
             metrics=self.gate.release(question, measured),
             num_examples=answer.num_examples,
         )
-        return kept, True
+        return kept, answer.training_s
 
     def reply_head(self, num_bytes: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return the head of a reply that is no error."""

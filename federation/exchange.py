@@ -31,7 +31,7 @@ from federation.wire import Update, WireError, open_update
 if TYPE_CHECKING:
     from federation.settings import FederationSettings
 
-_HEADER_SLACK = 1 << 12
+HEADER_SLACK = 1 << 12
 """By how much the header of an update may be longer than the adapter's that was sent."""
 LIFETIME = 2
 """A request expires this many round timeouts after it was sent: later, a reply is lost unnamed."""
@@ -224,6 +224,8 @@ class Exchange:
             return
         settings = self._settings
         request = request_of(settings, self._run, attempt.server_round, message, attempt.trains)
+        longest = attempt.outgoing.served.num_bytes + HEADER_SLACK
+        request = replace(request, max_reply_bytes=longest)
         self._sites.send(sites, request)
         expires = self._clock() + LIFETIME * settings.round_timeout_s
         attempt.waiting |= dict.fromkeys(sites, expires)
@@ -336,7 +338,7 @@ class Exchange:
         if reply.update is None:
             raise WireError(reply.error or "the site sent neither an update nor an error")
         check_metrics(reply, self._settings.asked_metrics)
-        if len(reply.update) > served.num_bytes + _HEADER_SLACK:
+        if len(reply.update) > served.num_bytes + HEADER_SLACK:
             raise WireError(
                 f"the update has {len(reply.update)} bytes, the whole adapter that was sent "
                 f"{served.num_bytes}"

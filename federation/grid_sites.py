@@ -9,11 +9,10 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -31,15 +30,30 @@ _NOT_TAKEN = (
 )
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A message that was not answered yet."""
+
+    empty: Reply
+    """Who was asked, and for what."""
+    expires: float
+    """Of `time.monotonic`."""
+    max_bytes: int
+    """The longest update that is taken in."""
+
+
 class GridSites:
-    """The nodes of a Flower grid. Replies are pulled one id at a time, so one is in memory."""
+    """The nodes of a Flower grid. Replies are taken in one by one, so one is in memory."""
 
     def __init__(self, grid: Grid, ttl_s: float) -> None:
         """Speak through ``grid``; a request and its reply expire after ``ttl_s``."""
+        from federation.flower_grid import open_post
+
         self._grid = grid
+        self._post = open_post(grid)
         self._ttl_s = ttl_s
-        self._pending: dict[str, tuple[Reply, float]] = {}
-        """An empty reply, with site, round and stage, and time of expiry by message id."""
+        self._pending: dict[str, _Pending] = {}
+        """By message id."""
         self._refused: deque[Reply] = deque()
         """Errors in the place of replies, for sites whose message the SuperLink did not take."""
         self._sent = self._next_look = 0.0
@@ -79,58 +93,59 @@ class GridSites:
             )
             for site in sites
         ]
-        ids = list(self._grid.push_messages(messages))
+        ids = self._push(messages, request.server_round)
+        self._sent = self._next_look = time.monotonic()
+        expires = self._sent + self._ttl_s
+        for message_id, site in zip(ids, sites, strict=True):
+            empty = Reply(site, request.server_round, request.stage, request.attempt)
+            if message_id:
+                self._pending[message_id] = _Pending(empty, expires, request.max_reply_bytes)
+            else:
+                self._refused.append(replace(empty, error=_NOT_TAKEN))
+
+    def _push(self, messages: Sequence[Message], server_round: int) -> list[str | None]:
+        from federation.flower_grid import PushError
+
+        try:
+            ids = self._post.push(messages)
+        except PushError as error:
+            raise RoundError(
+                f"round {server_round}: {error}: look at the SuperLink (its log, its disk, the "
+                "sizes that it and a proxy before it take) and resume the run when that is mended"
+            ) from None
         if len(ids) != len(messages):
             raise RoundError(
-                f"round {request.server_round}: the SuperLink answered for {len(ids)} of "
+                f"round {server_round}: the SuperLink answered for {len(ids)} of "
                 f"{len(messages)} messages: a site is gone, or the SuperLink (or a proxy before "
                 "it) refuses requests of this size (413 in this log); resume the run when that is "
                 "mended"
             )
-        self._sent = self._next_look = time.monotonic()
-        expires = self._sent + self._ttl_s
-        for message_id, site in zip(ids, sites, strict=True):
-            reply = Reply(site, request.server_round, request.stage, request.attempt)
-            if message_id:
-                self._pending[message_id] = (reply, expires)
-            else:
-                self._refused.append(replace(reply, error=_NOT_TAKEN))
+        return ids
 
     def receive(self) -> Reply | None:
-        """Pull the first reply that is there; ask for one message id at a time.
+        """Return the first reply that is there.
 
-        After a look at every id that found nothing, answers None without asking for a while.
+        After a look that found none, answers None without asking for a while; a reply that is on
+        its way is tried meanwhile.
         """
         if self._refused:
             return self._refused.popleft()
         now = time.monotonic()
-        if now < self._next_look:
+        self._pending = {key: value for key, value in self._pending.items() if value.expires > now}
+        limits = {key: value.max_bytes for key, value in self._pending.items()}
+        taken = self._post.take(limits)
+        if taken is None and now >= self._next_look:
+            self._post.look(limits)
+            taken = self._post.take(limits)
+            done = time.monotonic()
+            if taken is None:
+                self._next_look = done + pause_s(done - self._sent, done - now)
+        if taken is None:
             return None
-        self._pending = {key: value for key, value in self._pending.items() if value[1] > now}
-        for message_id, (empty, _) in self._pending.items():
-            reply = self._pull(message_id, empty)
-            if reply is not None:
-                del self._pending[message_id]
-                return reply
-        done = time.monotonic()
-        self._next_look = done + pause_s(done - self._sent, done - now)
-        return None
-
-    def _pull(self, message_id: str, empty: Reply) -> Reply | None:
-        """Return the reply to one message, if it is there: ``empty`` with what it says.
-
-        The SuperLink looks at the heads of what a site sends, and here the bodies are read: what
-        they raise is the site's. httpx says that the SuperLink is away or refuses to answer,
-        OSError is this machine's, and Flower's word for a run that was stopped is no Exception.
-        """
-        try:
-            messages = list(self._grid.pull_messages([message_id]))
-        except (httpx.HTTPError, OSError):
-            raise
-        except Exception as error:  # whatever one site sends must not end the run of the others
-            reason = f"the reply is not readable ({type(error).__name__})"
-            return replace(empty, error=reason)
-        return _to_reply(empty, messages[0]) if messages else None
+        empty = self._pending.pop(taken.message_id).empty
+        if taken.message is None:
+            return replace(empty, error=taken.reason)
+        return _to_reply(empty, taken.message)
 
 
 def pause_s(waited_s: float, look_s: float) -> float:
@@ -200,6 +215,7 @@ def round_values(request: Request) -> dict[str, Any]:
 
 
 def _to_reply(empty: Reply, message: Message) -> Reply:
+    """Return ``empty`` with what the message says."""
     try:
         if message.has_error():
             # Flower makes None of an empty reason.

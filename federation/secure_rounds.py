@@ -28,7 +28,13 @@ from federation.exchange import Gathered, Outgoing, Part, RoundError, draw, requ
 from federation.header import WireError, num_numbers
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory
-from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
 from federation.secure_sum import SecureSum
 from federation.sites import Reply, Request, Sites
 from federation.weighted_sum import SummedFactors
@@ -185,7 +191,9 @@ class SecureExchange:
         else:
             message, timeout_s = self._spool / stage, settings.secure_sum.stage_timeout_s
             message.write_bytes(secure.request())
-        self._sites.send(asked, replace(attempt.request, stage=stage, message=message))
+        longest = secure.terms.masked_bytes if stage == Stage.MASK else MAX_MESSAGE_BYTES
+        request = replace(attempt.request, stage=stage, message=message, max_reply_bytes=longest)
+        self._sites.send(asked, request)
         deadline = self._clock() + timeout_s
         while secure.waiting and self._clock() < deadline:
             if not self._take_next(attempt, stage):

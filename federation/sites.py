@@ -43,6 +43,8 @@ class Request:
     not an adapter."""
     attempt: int = 0
     """At the round's secure sum, from 1 on."""
+    max_reply_bytes: int = 1 << 62
+    """A longer update is refused, where it can be before it is in memory."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
