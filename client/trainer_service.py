@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.claim import claim
+from client.round import settle
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
 from client.trainer import Gate, Reply, Trainer
@@ -133,6 +134,7 @@ def _answer_calls(
             call.reply.cancel()
             continue
         call.reply.set_result(trainer.answer(call.head, call.message, call.directory))
+        settle()
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ REQUEST: dict[str, Any] = {
         "record_clip_norm": 0.5,
     },
     "metrics": ["seconds", "train_loss"],
-    "secure_sum": {"cohort": 5, "threshold": 4, "clip": 1.5, "bits": 32},
+    "secure_sum": {"cohort": 5, "threshold": 4, "clip": 1.5, "bits": 24, "max_examples": 1},
     "adapter": {
         "base_model": BASE,
         "content_digest": ADAPTER,
@@ -58,7 +58,11 @@ POLICY: dict[str, Any] = {
     },
     "training": {"max_steps": 8, "max_batch": 32, "max_tokens": 256, "max_rounds": 4},
     "traffic": {"uplink": ["bfloat16"], "max_round_bytes": 1000, "max_run_bytes": 3000},
-    "aggregation": {"kinds": ["alternating"], "min_cohort": 4},
+    "aggregation": {
+        "kinds": ["alternating"],
+        "min_cohort": 4,
+        "cohort": ["1" * 64, "2" * 64, "3" * 64],
+    },
     "privacy": {"noise_floor": 4.0, "max_record_clip_norm": 0.5, "epsilon": 8.0, "delta": 1e-6},
     "metrics": {"allowed": ["seconds", "train_loss"], "max_count": 2},
     "quiet_hours": {

@@ -37,7 +37,7 @@ from client.verdict import judge
 from federation import server_app
 from federation.adapter import read_adapter
 from federation.events import Event, RoundFinished, SiteFailed, UpdateReceived, read_events
-from federation.server_app import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
+from federation.grid_sites import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
 from federation.settings import FederationSettings, load_settings
 from federation.status import summarise
 from tests.client.policy_example import opened_template

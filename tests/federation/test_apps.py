@@ -11,7 +11,7 @@ from client.batches import encode_records
 from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer
 from client.records import read_records
-from federation import server_app
+from federation import grid_sites, server_app
 from federation.adapter import read_adapter
 from federation.events import AdapterResent, SiteFailed, UpdateReceived, read_events
 from federation.status import summarise
@@ -380,7 +380,7 @@ def test_a_superlink_that_cannot_be_asked_is_no_fault_of_a_site(
 def test_the_superlink_is_not_kept_busy_by_being_asked(
     waited_s: float, look_s: float, expected_s: float
 ) -> None:
-    assert server_app.pause_s(waited_s, look_s) == pytest.approx(expected_s)
+    assert grid_sites.pause_s(waited_s, look_s) == pytest.approx(expected_s)
 
 
 def test_a_simulation_resumes_with_nothing_but_its_directory(
