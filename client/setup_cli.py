@@ -98,3 +98,53 @@ def _print_new(result: dict[str, Any]) -> None:
     typer.echo("\nNext:")
     for number, step in enumerate(result["next"], start=1):
         typer.echo(f"{number}. {step}")
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option(help="site.toml; without it the machine is looked at only.")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="Where they are two users or containers: node or trainer.")
+    ] = "both",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Do not read the whole base model nor ask the coordinator."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine can do and what is missing, one line a check, with the way to mend it.
+
+    Ends with 2 if something must be changed. Changes nothing itself.
+    """
+    import os
+
+    from client.check import exit_code
+    from client.doctor import PARTS, examine
+    from federation.settings import SettingsError
+
+    parts = [each for each in PARTS if part in ("both", each)]
+    if not parts:
+        raise SettingsError(f"--part is {part!r}: expected node, trainer or both")
+    checks = list(examine(config, parts=parts, is_quick=quick, variables=os.environ))
+    rows = [vars(check) for check in checks]
+    result = {"is_well": exit_code(checks) == 0, "checks": rows}
+    print_result(result, as_json, lambda: _print_checks(rows))
+    if exit_code(checks):
+        raise typer.Exit(exit_code(checks))
+
+
+def _print_checks(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"ok": "green", "skip": "dim", "warn": "yellow", "fail": "bold red"}
+    table = Table("check", "")
+    for column in ("found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        colour = colours[row["level"]]
+        words = [escape(str(row[key])) for key in ("found", "fix")]
+        table.add_row(row["name"], f"[{colour}]{row['level']}[/{colour}]", *words)
+    Console().print(table)
