@@ -31,6 +31,12 @@ def init(
         list[str] | None,
         typer.Option(help="Ed25519 public key (hex) whose runs the policy allows; repeat."),
     ] = None,
+    systemd: Annotated[
+        bool,
+        typer.Option(
+            "--systemd", help="Two users, and units for them: the trainer has no network."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a commented site.toml and policy.toml, make the node key and the state directory.
@@ -38,7 +44,13 @@ def init(
     Nothing is overwritten. What is not said gets a placeholder; `client doctor` names it.
     """
     from client.site_directory import make_site
+    from federation.settings import SettingsError
 
+    if systemd and (state is not None or data is None or base_model is None):
+        raise SettingsError(
+            "--systemd needs --data and --base-model, which its units name, and takes no --state: "
+            "they keep it below /var/lib"
+        )
     paths = {
         "root_certificate": root_certificate,
         "base_model": base_model,
@@ -47,7 +59,13 @@ def init(
     }
     known = {key: str(path.absolute()) for key, path in paths.items() if path is not None}
     known |= {key: value for key, value in {"superlink": superlink, "name": name}.items() if value}
-    made = make_site(directory, known=known, base_models=_digests(base_model), signers=signer or ())
+    made = make_site(
+        directory,
+        known=known,
+        base_models=_digests(base_model),
+        signers=signer or (),
+        client=_own_command() if systemd else None,
+    )
     steps = _next_steps(made, known)
     result = {
         "directory": str(made.directory),
@@ -59,6 +77,22 @@ def init(
         "next": steps,
     }
     print_result(result, as_json, lambda: _print_new(result))
+
+
+def _own_command() -> Path:
+    """Return the console script of this installation, for a unit to start.
+
+    Raises:
+        UserError: This is no installation.
+    """
+    import sys
+
+    from federation.errors import UserError
+
+    command = Path(sys.executable).absolute().with_name("client")
+    if not command.is_file():
+        raise UserError(f"{command} does not exist: install Fedge into this Python, with pip")
+    return command
 
 
 def _digests(base_model: Path | None) -> list[str]:
@@ -88,12 +122,15 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
         steps.append(f"Allow a run in {policy}, [runs]: the key of a signer, or the id of a run.")
     steps.append(f"Read what the policy allows: client policy check {policy}")
     steps.append(f"See what is missing: client doctor --config {site}")
-    steps.append(f"Start the site: client daemon --config {site}")
-    return steps
+    if made.settings.is_child:
+        return [*steps, f"Start the site: client daemon --config {site}"]
+    from client.service_units import DIRECTORY, install_steps
+
+    return [*steps, *install_steps(made.directory / DIRECTORY, made.settings)]
 
 
 def _print_new(result: dict[str, Any]) -> None:
-    for path in (*result["files"], result["state"]):
+    for path in result["files"]:
         typer.echo(f"made {path}")
     typer.echo("\nNext:")
     for number, step in enumerate(result["next"], start=1):
