@@ -47,7 +47,7 @@ def examine(
     yield machine.check_environment(variables)
     settings = attempt(lambda: load_site(config)) if config else None
     if config is not None:
-        yield check_settings(settings, config)
+        yield check_settings(settings, config, parts)
     read = settings if isinstance(settings, SiteSettings) else None
     if "trainer" in parts:
         yield from _trainer_checks(read, is_quick=is_quick)
@@ -57,23 +57,25 @@ def examine(
         yield check_socket(read, _peer_at(read.socket), parts)
 
 
-def check_settings(settings: SiteSettings | str | None, config: Path) -> Check:
+def check_settings(
+    settings: SiteSettings | str | None, config: Path, parts: Collection[Part] = PARTS
+) -> Check:
     """Say whether site.toml can be read, and is more than a template."""
     if not isinstance(settings, SiteSettings):
         return Check("settings", "fail", str(settings), f"mend {config.name}, or client init")
     here = config.absolute().parent
-    said = {
-        "superlink": settings.superlink,
-        "root_certificate": str(settings.root_certificate),
-        "base_model": str(settings.base_model),
-        "data": str(settings.data),
+    places: dict[Part, dict[str, Path]] = {
+        "node": {"root_certificate": settings.root_certificate},
+        "trainer": {"base_model": settings.base_model, "data": settings.data},
     }
     left = [
         key
-        for key, word in PLACEHOLDERS.items()
-        if said[key] == (word if key == "superlink" else str(here / word))
-        and (key == "superlink" or not Path(said[key]).exists())
+        for part in parts
+        for key, place in places[part].items()
+        if place == here / PLACEHOLDERS[key] and not place.exists()
     ]
+    if "node" in parts and settings.superlink == PLACEHOLDERS["superlink"]:
+        left.insert(0, "superlink")
     if left:
         return Check("settings", "fail", f"not filled in: {', '.join(left)}", f"edit {config}")
     return ok("settings", f"{config}, {settings.node} node")

@@ -37,6 +37,9 @@ def init(
             "--systemd", help="Two users, and units for them: the trainer has no network."
         ),
     ] = False,
+    docker: Annotated[
+        bool, typer.Option("--docker", help="Two containers, as docker/compose.yaml has them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a commented site.toml and policy.toml, make the node key and the state directory.
@@ -44,6 +47,7 @@ def init(
     Nothing is overwritten. What is not said gets a placeholder; `client doctor` names it.
     """
     from client.site_directory import make_site
+    from client.site_template import TWO_CONTAINERS
     from federation.settings import SettingsError
 
     if systemd and (state is not None or data is None or base_model is None):
@@ -51,6 +55,8 @@ def init(
             "--systemd needs --data and --base-model, which its units name, and takes no --state: "
             "they keep it below /var/lib"
         )
+    if docker and (systemd or state is not None):
+        raise SettingsError("--docker takes no --systemd and no --state: its volumes are the state")
     paths = {
         "root_certificate": root_certificate,
         "base_model": base_model,
@@ -59,6 +65,8 @@ def init(
     }
     known = {key: str(path.absolute()) for key, path in paths.items() if path is not None}
     known |= {key: value for key, value in {"superlink": superlink, "name": name}.items() if value}
+    if docker:
+        known |= TWO_CONTAINERS
     made = make_site(
         directory,
         known=known,
@@ -103,7 +111,8 @@ def _digests(base_model: Path | None) -> list[str]:
 
 def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
     """Return what is left to do, one sentence a step."""
-    from client.site_template import PLACEHOLDERS
+    from client.service_units import DIRECTORY, install_steps
+    from client.site_template import PLACEHOLDERS, TWO_CONTAINERS
 
     site, policy = made.directory / "site.toml", made.settings.policy
     steps = []
@@ -121,11 +130,11 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
     if not (made.policy.runs.allowed or made.policy.runs.signers):
         steps.append(f"Allow a run in {policy}, [runs]: the key of a signer, or the id of a run.")
     steps.append(f"Read what the policy allows: client policy check {policy}")
+    if made.settings.socket == Path(TWO_CONTAINERS["trainer"]):
+        return [*steps, "Start the site: docker compose up -d; docker/README.md says more"]
     steps.append(f"See what is missing: client doctor --config {site}")
     if made.settings.is_child:
         return [*steps, f"Start the site: client daemon --config {site}"]
-    from client.service_units import DIRECTORY, install_steps
-
     return [*steps, *install_steps(made.directory / DIRECTORY, made.settings)]
 
 

@@ -73,8 +73,10 @@ def make_site(
         known: Values of site.toml that the user said.
         base_models: Digests that its policy allows.
         signers: Public keys whose runs its policy allows.
-        client: The command that systemd's units start, as two users; None = no units. systemd makes
-            the state directories itself; else one is made, for its owner only, or stays as it is.
+        client: The command that systemd's units start, as two users; None = no units.
+
+    Where daemon and trainer are one user, the state directory is made too, for its owner only, or
+    stays as it is; of two users each gets its own from systemd or from the container's volume.
 
     Raises:
         SettingsError: A value is out of its range.
@@ -94,7 +96,7 @@ def make_site(
         NewFile(SITE, site_text.encode()),
     ]
     try:
-        _write(directory, files, None if client else settings.state)
+        _write(directory, files, settings.state if settings.node_state is None else None)
     except OSError as error:
         place = error.filename or directory
         raise UserError(
