@@ -43,7 +43,7 @@ def examine(
     """
     yield machine.check_python()
     yield machine.check_packages(machine.installed_versions(machine.TESTED))
-    yield machine.check_user(os.getuid())
+    yield machine.check_user(os.geteuid())
     yield machine.check_environment(variables)
     settings = attempt(lambda: load_site(config)) if config else None
     if config is not None:
@@ -72,7 +72,7 @@ def check_settings(
         key
         for part in parts
         for key, place in places[part].items()
-        if place == here / PLACEHOLDERS[key] and not place.exists()
+        if place == here / PLACEHOLDERS[key] and not look(place).is_there
     ]
     if "node" in parts and settings.superlink == PLACEHOLDERS["superlink"]:
         left.insert(0, "superlink")
@@ -136,7 +136,7 @@ def _trainer_checks(settings: SiteSettings | None, *, is_quick: bool) -> Iterato
     yield site_files.check_data(records, look(settings.data))
     yield site_files.check_policy(policy, look(settings.policy), records)
     yield site_files.check_digest(model, policy)
-    yield site_files.check_state(look(settings.state), os.getuid(), policy)
+    yield site_files.check_state(look(settings.state), os.geteuid(), policy)
     yield _ledger_of(settings.state)
 
 
@@ -151,7 +151,10 @@ def _ledger_of(state: Path) -> Check:
     from client.ledger import LEDGER, read_ledger
 
     secret = look(state / SECRET)
-    if not (state / LEDGER).exists():
+    directory = look(state)
+    if directory.is_hidden or (directory.is_there and not directory.is_readable):
+        return skipped("ledger", "this user may not look into the state directory")
+    if not look(state / LEDGER).is_there:
         return site_files.check_ledger(None, secret)
     contents = attempt(lambda: read_ledger(state / LEDGER))
     if isinstance(contents, str):
@@ -165,9 +168,10 @@ def _node_checks(settings: SiteSettings, *, is_quick: bool) -> Iterator[Check]:
 
     key, now = settings.node_key, datetime.now(UTC)
     public = attempt(lambda: site_files.read_node_key(key))
-    beside = attempt(lambda: key.with_name(f"{key.name}.pub").read_text(encoding="ascii"))
-    has_public = key.with_name(f"{key.name}.pub").is_file()
-    yield site_files.check_node_key(look(key), public, beside if has_public else None)
+    public_path = key.with_name(f"{key.name}.pub")
+    beside = attempt(lambda: public_path.read_text(encoding="ascii"))
+    is_beside = look(public_path).is_there
+    yield site_files.check_node_key(look(key), public, beside if is_beside else None)
     root = settings.root_certificate
     yield coordinator.check_certificate(attempt(lambda: coordinator.read_certificates(root)), now)
     if is_quick:
@@ -179,9 +183,13 @@ def _node_checks(settings: SiteSettings, *, is_quick: bool) -> Iterator[Check]:
         yield coordinator.check_clock(answer.ahead_s)
     if settings.node_state is not None:
         place = look(settings.node_state)
-        yield site_files.check_state(place, os.getuid(), "", name="node_state")
+        yield site_files.check_state(place, os.geteuid(), "", name="node_state")
     is_free = _is_free(settings.health) if settings.health else True
-    yield check_daemon(site_status(settings), settings.health, is_port_free=is_free)
+    status = attempt(lambda: site_status(settings))
+    if isinstance(status, str):
+        yield skipped("daemon", "this user may not look into its state")
+    else:
+        yield check_daemon(status, settings.health, is_port_free=is_free)
 
 
 def _peer_at(path: Path) -> Peer:

@@ -84,6 +84,8 @@ def make_site(
     """
     directory = directory.absolute()
     site_text = site_template(**(known | (TWO_USERS if client else {})))
+    if any("\ud800" <= letter <= "\udfff" for letter in site_text):
+        raise UserError("a path is not UTF-8, which TOML cannot hold: rename it")
     policy_text = policy_template(base_models=base_models, signers=signers)
     settings = site_settings(tomllib.loads(site_text), directory, SITE)
     policy = load_settings(Policy, tomllib.loads(policy_text), POLICY)

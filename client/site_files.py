@@ -6,6 +6,7 @@ are pure. Of the records only their number is taken.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import stat
@@ -37,6 +38,8 @@ class Place:
 
     path: Path
     is_there: bool = False
+    is_hidden: bool = False
+    """Whether this user may not even see if it is there."""
     mode: int = 0
     """Permission bits."""
     uid: int = -1
@@ -71,24 +74,26 @@ class Records:
 
 
 def look(path: Path, mounts: Path = Path("/proc/self/mounts")) -> Place:
-    """Return what is at a path."""
+    """Return what is at a path, for the user that runs this."""
     try:
         found = path.stat()
         disk = os.statvfs(path)
-        strays = [
-            each.name
-            for each in (path.iterdir() if path.is_dir() and os.access(path, os.R_OK) else ())
-            if each.lstat().st_dev != found.st_dev
-        ]
+    except PermissionError:
+        return Place(path, is_hidden=True)
     except OSError:
         return Place(path)
+    is_readable = os.access(path, os.R_OK, effective_ids=True)
+    strays: list[str] = []
+    with contextlib.suppress(OSError):  # a name may go while we look
+        if is_readable and path.is_dir():
+            strays = [each.name for each in path.iterdir() if each.lstat().st_dev != found.st_dev]
     return Place(
         path,
         is_there=True,
         mode=stat.S_IMODE(found.st_mode),
         uid=found.st_uid,
-        is_readable=os.access(path, os.R_OK),
-        is_writable=os.access(path, os.W_OK),
+        is_readable=is_readable,
+        is_writable=os.access(path, os.W_OK, effective_ids=True),
         free_bytes=disk.f_bavail * disk.f_frsize,
         filesystem=_filesystem(path.resolve(), mounts),
         strays=tuple(sorted(strays)),
@@ -96,14 +101,14 @@ def look(path: Path, mounts: Path = Path("/proc/self/mounts")) -> Place:
 
 
 def attempt(read: Callable[[], Read]) -> Read | str:
-    """Return what was read, or in a sentence why not."""
+    """Return what was read, or in a sentence why not; nothing that is wrong ends the doctor."""
     try:
         return read()
     except FedgeError as error:
         return str(error)
     except OSError as error:
         return f"{Path(str(error.filename or '')).name}: {error.strerror or type(error).__name__}"
-    except ValueError as error:
+    except Exception as error:  # whatever a damaged file leads to: its text may be a record's
         return f"it cannot be read: {type(error).__name__}"
 
 
@@ -179,7 +184,7 @@ def check_node_key(place: Place, public: str, beside: str | None) -> Check:
         beside: What NAME.pub says; None = there is no such file.
     """
     name, way = "node_key", f"ssh-keygen -t ecdsa -b 384 -N '' -f {place.path}"
-    if not place.is_there:
+    if not place.is_there and not place.is_hidden:
         return Check(name, "fail", f"{place.path} does not exist", f"client init, or {way}")
     if place.mode & 0o077:
         said = f"mode {place.mode:04o}: other users can read it"
@@ -291,6 +296,8 @@ def check_state(place: Place, uid: int, policy: Policy | str, *, name: str = "st
         name: Key in site.toml.
     """
     path = place.path
+    if place.is_hidden:
+        return skipped(name, f"this user may not see {path}")
     if not place.is_there:
         return Check(name, "warn", f"{path} does not exist", "it is made at the first start")
     largest = 0 if isinstance(policy, str) else policy.traffic.max_round_bytes

@@ -545,3 +545,32 @@ def test_the_doctor_makes_no_file(site: Path) -> None:
     list(examine(site, variables=SWITCHES))
     assert sorted(path for path in site.parent.rglob("*")) == before
     assert read_policy(site.parent / "policy.toml").runs.signers == ("5e" * 32,)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_who_may_read_nothing_is_told_so_line_by_line(site: Path) -> None:
+    settings = load_site(site)
+    Ledger.open(settings.state / LEDGER).close()
+    list(examine(site, variables=SWITCHES))  # imports what it needs
+    site.parent.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        whole = {check.name: check for check in examine(site, variables=SWITCHES)}
+        # As if site.toml itself could be read, and nothing that it names.
+        halves = [*doctor._trainer_checks(settings, is_quick=True)]
+        halves += doctor._node_checks(settings, is_quick=True)
+    finally:
+        os.seteuid(0)
+    assert level(whole["settings"]) == "fail"
+    levels = {check.name: level(check) for check in halves}
+    for name in ("base_model", "data", "policy", "node_key", "certificate"):
+        assert levels[name] == "fail", name
+    assert levels["state"] == levels["ledger"] == "skip"
+
+
+def test_the_guide_names_every_check(site: Path) -> None:
+    guide = (ROOT / "docs" / "setting-up-a-site.md").read_text()
+    (table,) = re.findall(r"\| check \|.*?\n\n", guide, re.DOTALL)
+    named = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"^\| ([a-z_, ]+) \|", table, re.M))))
+    checks = {check.name for check in examine(site, variables=SWITCHES)}
+    assert named == checks | {"check"}

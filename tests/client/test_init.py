@@ -77,6 +77,18 @@ def test_the_fingerprint_is_the_one_that_ssh_prints(tmp_path: Path) -> None:
     assert done.stdout.split()[1] == made.fingerprint
 
 
+def test_for_docker_it_is_two_halves_and_makes_no_state(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "init", tmp_path / "site", "--docker", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    settings = load_site(tmp_path / "site" / "site.toml")
+    assert (str(settings.socket), settings.socket_group) == ("/run/fedge/trainer", "fedge")
+    assert "docker compose up -d" in said["next"][-1]
+    assert not any("client daemon" in step for step in said["next"])
+    assert not (tmp_path / "site" / "state").exists()
+
+
 def test_without_a_word_it_says_what_to_fill_in_and_allows_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -158,6 +170,8 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
         (["--state", "s" * 101], "choose a shorter state or trainer"),
         (["--signer", "abc"], "setting 'runs.signers.0' is 'abc'"),
         (["--base-model", "nowhere"], "nowhere does not exist"),
+        (["--data", "a\udcff.jsonl"], "not UTF-8"),
+        (["--docker", "--systemd", "--data", "a", "--base-model", "b"], "--docker takes no"),
     ],
 )
 def test_a_wrong_word_is_one_sentence_and_makes_nothing(

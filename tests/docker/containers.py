@@ -180,6 +180,7 @@ class Engine:
         script = [*root_file_system(image), *self._mounts(service)]
         for place in service["tmpfs"]:
             path, _, options = place.partition(":")
+            options = f"noexec,nosuid,nodev,{options}"  # as Docker mounts one
             script += [f"mkdir -p $R{path}", f"mount -t tmpfs -o {options} none $R{path}"]
         if service["read_only"]:
             script += ["mount -o remount,ro $R"]
