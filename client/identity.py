@@ -45,17 +45,9 @@ def new_identity(path: Path) -> Ed25519PrivateKey:
     Raises:
         SettingsError: There is a file already: the other sites' policies list its public half.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-    )
-
     if path.exists():
         raise SettingsError(f"{path} exists already: a site keeps its identity for life")
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    key, pem = generate_identity()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not by way of `federation.atomic`, whose files all may read.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -64,6 +56,19 @@ def new_identity(path: Path) -> Ed25519PrivateKey:
         os.fsync(file.fileno())
     sync_directory(path.parent)
     return key
+
+
+def generate_identity() -> tuple[Ed25519PrivateKey, bytes]:
+    """Return a new key, and what its file holds."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+    )
+
+    key = Ed25519PrivateKey.generate()
+    return key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def public_identity(key: Ed25519PrivateKey) -> str:

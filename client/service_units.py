@@ -118,7 +118,7 @@ TimeoutStopSec=@drain@
 
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 PrivateDevices=yes
-InaccessiblePaths=@data@ @model@ @policy@ -/var/lib/@trainer@
+InaccessiblePaths=@data@ @model@ @policy@ @identity@ -/var/lib/@trainer@
 @sandbox@
 [Install]
 WantedBy=multi-user.target
@@ -144,6 +144,7 @@ def service_units(settings: SiteSettings, config: Path, client: Path) -> dict[st
         "config": _word(str(config).replace("$", "$$")),
         # With the sign that the path may be missing.
         "key": _word(f"-{settings.node_key}"),
+        "identity": _word(f"-{settings.identity_key}"),
         "data": _word(f"-{settings.data}"),
         "model": _word(f"-{settings.base_model}"),
         "policy": _word(f"-{settings.policy}"),
@@ -160,9 +161,12 @@ def install_steps(directory: Path, settings: SiteSettings) -> list[str]:
         directory: Where the units were written.
         settings: Of the site.
     """
-    key, data, place = (shlex.quote(str(p)) for p in (settings.node_key, settings.data, directory))
+    key, identity, data, place = (
+        shlex.quote(str(p))
+        for p in (settings.node_key, settings.identity_key, settings.data, directory)
+    )
     users = f"install -m 644 {place}/fedge.conf /etc/sysusers.d/ && systemd-sysusers"
-    owners = f"chown {NODE} {key} && chown {TRAINER} {data} && chmod 600 {data}"
+    owners = f"chown {NODE} {key} && chown {TRAINER} {identity} {data} && chmod 600 {data}"
     units = f"install -m 644 {place}/*.service /etc/systemd/system/ && systemctl daemon-reload"
     return [
         f"As root, make the users: {users}",

@@ -42,7 +42,7 @@ def init(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a commented site.toml and policy.toml, make the node key and the state directory.
+    """Write a commented site.toml and policy.toml, make both keys and the state directory.
 
     Nothing is overwritten. What is not said gets a placeholder; `client doctor` names it.
     """
@@ -81,6 +81,7 @@ def init(
         "state": str(made.settings.state),
         "public_key": made.public_key,
         "fingerprint": made.fingerprint,
+        "identity": made.identity,
         "base_models": list(made.policy.models.base),
         "next": steps,
     }
@@ -122,6 +123,10 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
         f"Give the coordinator {made.settings.node_key}.pub by a way on which nobody can swap it, "
         f"and compare the fingerprint, {made.fingerprint}. The coordinator registers it: flwr "
         f"supernode register node.pub CONNECTION --name {made.settings.name or 'SITE'}"
+    )
+    steps.append(
+        f"For secure sums, tell the other sites this one's identity, {made.identity}, yourself and "
+        f"not by way of the coordinator, and list theirs in {policy}, [aggregation] cohort."
     )
     if not made.policy.models.base:
         steps.append(

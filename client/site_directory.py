@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client.identity import generate_identity, public_identity
 from client.policy import Policy
 from client.policy_template import policy_template
 from client.service_units import DIRECTORY, TWO_USERS, service_units
@@ -27,7 +28,7 @@ from federation.atomic import sync_directory
 from federation.errors import UserError
 from federation.settings import load_settings
 
-SITE, POLICY, NODE_KEY, STATE = "site.toml", "policy.toml", "node", "state"
+SITE, POLICY, NODE_KEY, IDENTITY, STATE = "site.toml", "policy.toml", "node", "identity", "state"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class NewSite:
     policy: Policy
     public_key: str
     """One line, as OpenSSH writes it: what the coordinator registers."""
+    identity: str
+    """Public half of the key for secure sums, 64 hex digits: what the other sites list."""
 
     @property
     def fingerprint(self) -> str:
@@ -90,9 +93,11 @@ def make_site(
     settings = site_settings(tomllib.loads(site_text), directory, SITE)
     policy = load_settings(Policy, tomllib.loads(policy_text), POLICY)
     keys = _node_key()
+    identity, pem = generate_identity()
     units = service_units(settings, directory / SITE, client) if client else {}
     files = [
         *keys,
+        NewFile(IDENTITY, pem, 0o600),
         NewFile(POLICY, policy_text.encode()),
         *(NewFile(f"{DIRECTORY}/{name}", text.encode()) for name, text in units.items()),
         NewFile(SITE, site_text.encode()),
@@ -105,7 +110,8 @@ def make_site(
             f"{place} cannot be written ({error.strerror}): choose a directory that you may write"
         ) from None
     paths = tuple(directory / file.name for file in files)
-    return NewSite(directory, paths, settings, policy, keys[1].content.decode().strip())
+    public_key = keys[1].content.decode().strip()
+    return NewSite(directory, paths, settings, policy, public_key, public_identity(identity))
 
 
 def _node_key() -> tuple[NewFile, NewFile]:

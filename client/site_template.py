@@ -13,6 +13,7 @@ PLACEHOLDERS = {
 """What stands in a new file until somebody says the real thing."""
 _ORDINARY = {
     "node_key": "node",
+    "identity_key": "identity",
     "policy": "policy.toml",
     "state": "state",
     "name": "",
@@ -43,6 +44,11 @@ root_certificate = @root_certificate@
 # This site's private key (ECDSA P-384). The coordinator registers its public half, and knows the
 # site by it: never copy it to another machine.
 node_key = @node_key@
+
+# This site's private key (Ed25519) in secure sums, for life. Only the trainer reads it. `client
+# identity` prints the public half, which the other sites list in their policies: tell it to them
+# yourself, not by way of the coordinator.
+identity_key = @identity_key@
 
 # Directory of the base model (Hugging Face layout), the same bytes as at every other site.
 base_model = @base_model@

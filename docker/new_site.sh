@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes sites/NAME beside this file: site.toml, policy.toml, node key, and the site's records.
 #   sudo FEDGE_BASE_MODEL=DIRECTORY sh new_site.sh NAME RECORDS.jsonl [words of client init]
-# As root, for the key becomes the node's and the records the trainer's. Once the images are built.
+# As root, for the node key becomes the node's, identity and records the trainer's. Once the images are built.
 set -eu
 cd "$(dirname "$0")"
 name=$1 records=$2
@@ -14,4 +14,5 @@ docker run --rm --network none --user 0:0 --cap-drop ALL \
   client init /etc/fedge --docker --name "$name" --superlink proxy:8443 \
   --root-certificate /etc/fedge/ca.crt --base-model /srv/base-model --data /srv/records.jsonl "$@"
 chown 10002:10002 "sites/$name/node"
+chown 10001:10001 "sites/$name/identity"
 install -m 600 -o 10001 -g 10001 "$records" "sites/$name/records.jsonl"

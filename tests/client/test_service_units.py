@@ -60,6 +60,7 @@ def test_the_trainer_has_no_network_and_the_node_no_records(tmp_path: Path) -> N
         "-/srv/records.jsonl",
         "-/srv/base",
         f"-{site.settings.policy}",
+        f"-{site.settings.identity_key}",
         f"-{site.settings.state}",
     ]
     for unit in (trainer, node):
@@ -151,7 +152,8 @@ def test_the_command_writes_them_and_says_what_root_types(
     words = ["--data", data, "--base-model", tiny_model, "--systemd"]
     assert run(monkeypatch, "init", tmp_path / "site", *words) == 0
     printed = capsys.readouterr().out
-    assert f"chown {TRAINER} '{data}' && chmod 600 '{data}'" in printed
+    identity = tmp_path / "site" / "identity"
+    assert f"chown {TRAINER} {identity} '{data}' && chmod 600 '{data}'" in printed
     assert f"systemctl enable --now {TRAINER} {NODE}" in printed
     names = {path.name for path in (tmp_path / "site" / "systemd").iterdir()}
     assert names == {f"{TRAINER}.service", f"{NODE}.service", "fedge.conf"}

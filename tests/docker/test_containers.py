@@ -83,8 +83,8 @@ def test_a_trainer_has_the_records_and_no_network(site: str) -> None:
 def test_records_policy_ledger_and_model_are_mounted_where_they_are_needed_only() -> None:
     places = {name: {source for source, _ in mounts_of(name).values()} for name in SERVICES}
     for site in SITES:
-        own = {f"./sites/{site}/records.jsonl", f"./sites/{site}/policy.toml", f"{site}-trainer"}
-        for source in own:
+        own = {f"./sites/{site}/{name}" for name in ("records.jsonl", "policy.toml", "identity")}
+        for source in own | {f"{site}-trainer"}:
             assert [n for n in places if source in places[n]] == [f"{site}-trainer"], source
         key = f"./sites/{site}/node"
         assert [n for n in places if key in places[n]] == [f"{site}-node"]
@@ -264,6 +264,7 @@ def test_the_scripts_give_each_key_to_its_user_and_overwrite_nothing(engine: Eng
         "coordinator/proxy.key": 101,
         "coordinator/ca.key": 0,
         "sites/clinic/node": 10002,
+        "sites/clinic/identity": 10001,
         "sites/clinic/records.jsonl": 10001,
     }
     for name, uid in owners.items():
@@ -372,7 +373,12 @@ def check_doctors(engine: Engine) -> None:
 def check_walls(engine: Engine) -> None:
     """What each may not reach is not there for it."""
     node, trainer = "clinic-node", "clinic-trainer"
-    for place in ("/srv/records.jsonl", "/var/lib/fedge-trainer", "/etc/fedge/policy.toml"):
+    for place in (
+        "/srv/records.jsonl",
+        "/var/lib/fedge-trainer",
+        "/etc/fedge/policy.toml",
+        "/etc/fedge/identity",
+    ):
         assert engine.execute(node, "ls", f"{place}/.").returncode != 0, place
         assert engine.execute(node, "cat", place).returncode != 0, place
     assert engine.execute(trainer, "cat", "/etc/fedge/node").returncode != 0
