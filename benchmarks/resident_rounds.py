@@ -112,8 +112,10 @@ def measure_payload(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }
     for peer in asked.peer:
         arguments = ["--sites", asked.sites, "--rounds", asked.rounds, "--geometry", asked.payload]
-        arguments += ["--quantize", "float16"] if peer == "nvflare-float16" else []
-        there = child("benchmarks.peers.nvflare_rounds", *arguments, python=nvflare_python())
+        is_narrow = peer == "nvflare-float16"
+        arguments += ["--quantize", "float16"] if is_narrow else []
+        python = nvflare_python(with_quantizer=is_narrow)
+        there = child("benchmarks.peers.nvflare_rounds", *arguments, python=python)
         figures |= spread(peer.replace("-", "_"), there["round_s"][1:])
     means = [figures[f"{peer.replace('-', '_')}_s"] for peer in asked.peer]
     if means:
