@@ -1,4 +1,4 @@
-"""`client`: one site alone. Check its data, train an adapter on it, evaluate one.
+"""`client`: one private site, alone and as a node of a federation.
 
 The federated way to the same training loop is `client.client_app`.
 """
@@ -11,16 +11,18 @@ import typer
 
 from client.ledger_cli import ledger_app
 from client.policy_cli import policy_app
+from client.setup_cli import init
 from federation.command import print_result, run_command
 
 app = typer.Typer(
-    help="One private site: check its data, train on it alone, evaluate.",
+    help="One private site: set it up, run it, check its data, train on it alone, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
+app.command("init")(init)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]

@@ -6,8 +6,9 @@ an update.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -112,13 +113,26 @@ def load_site(path: Path) -> SiteSettings:
     Raises:
         SettingsError: The file is missing, or a key is unknown, missing or out of range.
     """
-    values = read_toml(path)
-    here = path.absolute().parent
+    return site_settings(read_toml(path), path.absolute().parent, path.name)
+
+
+def site_settings(values: Mapping[str, Any], directory: Path, source: str) -> SiteSettings:
+    """Return the settings of a site.toml's values, with absolute paths.
+
+    Args:
+        values: As they stand in the file.
+        directory: Of the file; absolute.
+        source: Its name, for the error message.
+
+    Raises:
+        SettingsError: A key is unknown, missing or out of range.
+    """
+    absolute = dict(values)
     for key in _PATHS:
-        value = values.get(key)
+        value = absolute.get(key)
         if isinstance(value, str) and not (key == "trainer" and value == "child"):
-            values[key] = str(here / Path(value).expanduser())
-    return load_settings(SiteSettings, values, path.name)
+            absolute[key] = str(directory / Path(value).expanduser())
+    return load_settings(SiteSettings, absolute, source)
 
 
-__all__ = ["SettingsError", "SiteSettings", "load_site"]
+__all__ = ["SettingsError", "SiteSettings", "load_site", "site_settings"]
