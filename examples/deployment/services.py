@@ -110,7 +110,9 @@ class Services:
             try:
                 code = self._processes[name].wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                raise ServiceError(f"{name} did not end in {timeout_s:g} s: see {self.logs}") from None
+                raise ServiceError(
+                    f"{name} did not end in {timeout_s:g} s: see {self.logs}"
+                ) from None
             del self._processes[name]
             if code:
                 raise ServiceError(f"{name} ended with exit code {code}: {self._last_words(name)}")
@@ -170,6 +172,11 @@ class Services:
                 self.check()
         finally:
             end_trees([process])
+
+    def say(self, what: str, values: Mapping[str, object]) -> None:
+        """Print what was done that is no command."""
+        shown = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        self._console.print(f"[dim]{escape(what)} {escape(shown)}[/dim]", soft_wrap=True)
 
     def _print(
         self, command: Sequence[str], variables: Mapping[str, str], suffix: str = ""
