@@ -8,7 +8,6 @@ let a device fetch and answer. Ends with one table, `demo/summary.json` and `dem
 Killed, it goes on where it stopped.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -22,17 +21,14 @@ import typer
 from commands import Commands, Job
 from report import print_table, write_report
 from rich.console import Console
+from work_directory import start_over_after_a_change, working_in
 
-from client.claim import claim
-from client.trainer_link import LONGEST_PATH
 from federation.atomic import write_atomically
 from federation.command import run_command
-from federation.errors import UserError
 from federation.status import summarise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "deployment"))  # the coordinator and the sites
 from daemons import Institution, federate, set_up, what_left
-from processes import end_left_behind
 from topology import CONNECTION, deployment
 
 SITES = ("bank", "billing", "hospital", "security")
@@ -42,18 +38,13 @@ STUDENT, STUDENT_STEPS = "0.43x", 40
 BUILDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k", "gguf:q4_0", "onnx:int4")
 DEVICE_BUILD = "gguf-q8_0"
 QUESTION = "What is Fever?"
-MADE = (
-    *("run", "adapters", "student", ".student.work", "builds", "keys", "registry", "device"),
-    *("device.toml", "commands.jsonl", "summary.json", "report.html", "flower", "sites"),
-)
-"""What the demo makes below its directory, besides what fetch.py makes."""
 
 
 class Demo:
     """The commands in order, and what they printed."""
 
     def __init__(self, out: Path, console: Console) -> None:
-        """Everything goes below ``out``."""
+        """Everything goes below ``out``, which nobody else works in (`working_in`)."""
         self.out = out
         self.base = out / "models" / "base"
         self.console = console
@@ -336,37 +327,13 @@ def _mean_elsewhere(losses: dict[str, float], site: str) -> float:
     return sum(loss for name, loss in losses.items() if name != site) / (len(losses) - 1)
 
 
-def start_over_after_a_change(out: Path) -> bool:
-    """Remove what other code made, so that every figure of a report is of one piece of code.
-
-    Downloads, data and the base model stay: `fetch.py` checks those by itself.
-    """
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for room in ("federation", "client", "distill", "edge", "examples"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    mark = out / "code.sha256"
-    if mark.is_file() and mark.read_text() == digest.hexdigest():
-        return False
-    for name in MADE:
-        for path in out.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_atomically(mark, digest.hexdigest())
-    return True
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Everything goes below this directory.")] = Path("demo"),
 ) -> None:
     """Run the whole line: four institutions, one model, one device."""
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    refuse_long(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with claim(out, "demo"):
-        if count := end_left_behind(out):
-            console.print(f"[dim]ended {count} processes of a demo that was killed[/dim]")
+    with working_in(out, console, max(SITES, key=len)):
         console.print(
             "Each command below is one that you can type too, after: source .venv/bin/activate"
         )
@@ -377,21 +344,6 @@ def main(
         write_report(out / "report.html", summary, rounds, demo.student_report()["curve"])
         print_table(summary, Console())
         console.print(f"\n{out / 'summary.json'}   {out / 'report.html'}")
-
-
-def refuse_long(out: Path) -> None:
-    """Say before the work that a site's socket would have too long a path.
-
-    Raises:
-        UserError: It would.
-    """
-    socket = out.resolve() / "sites" / max(SITES, key=len) / "state" / "socket" / "trainer"
-    excess = len(str(socket).encode()) - LONGEST_PATH
-    if excess > 0:
-        raise UserError(
-            f"--out {out}: below {out.resolve()} a site's socket has a path of {excess} bytes more "
-            "than a system takes: choose a shorter one, such as --out /tmp/demo"
-        )
 
 
 if __name__ == "__main__":
