@@ -40,8 +40,8 @@ def working_in(out: Path, console: Console, longest_site: str) -> Iterator[None]
     excess = len(str(socket).encode()) - LONGEST_PATH
     if excess > 0:
         raise UserError(
-            f"--out {out}: below {out.resolve()} the path of a site's socket would be {excess} bytes "
-            "too long for the system: choose a shorter one, such as --out /tmp/demo"
+            f"--out {out}: below {out.resolve()} the path of a site's socket would be {excess} "
+            "bytes too long for the system: choose a shorter one, such as --out /tmp/demo"
         )
     out.mkdir(parents=True, exist_ok=True)
     with claim(out, "demo"):

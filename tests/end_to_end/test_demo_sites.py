@@ -1,4 +1,4 @@
-"""The demo's federation, with a tiny model: four real daemons over TLS, a kill, and the same bytes."""
+"""The demo's federation with a tiny model: four daemons over TLS, a kill, and the same bytes."""
 
 import json
 import os
