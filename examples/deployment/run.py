@@ -64,8 +64,7 @@ def main(
     with deployment(out, [], console, port=port) as made:
         answers = {f"{method} {path}": made.status_of(method, path) for method, path, _ in PROBES}
         _print_answers(answers, console)
-        for site in sites:
-            set_up(made, site)
+        set_up(made, sites)
         words = _words(made, base_model, rounds, len(sites), setting or [])
         summary = federate(made, sites, words, made.home / "run")
         left = _ledgers(made, sites)

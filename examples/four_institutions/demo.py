@@ -115,8 +115,7 @@ class Demo:
             with deployment(
                 home, [], self.console, has_proxy=False, started_for=self.out
             ) as coordinator:
-                for site in sites:
-                    set_up(coordinator, site)
+                set_up(coordinator, sites)
                 # Four trainers share the cores; more threads would only wait for each other.
                 threads = max(1, (os.cpu_count() or 1) // len(sites))
                 federate(coordinator, sites, words, run, threads=threads)
