@@ -24,8 +24,6 @@ from federation.settings import AGGREGATIONS, Dtype, load_settings, read_toml
 ANY = "any"
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DATA_METRICS = ("num-examples", "train_loss")
-"""Counted or measured on the records, and not covered by the noise of DP-SGD."""
 
 DigestOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{64})$")]
 RunOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{32})$")]

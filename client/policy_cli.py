@@ -90,7 +90,7 @@ def explain(
 
 def allowed_in_words(policy: "Policy") -> list[str]:
     """Return what a policy allows, one sentence a line; what allows nothing says so."""
-    from client.policy import DATA_METRICS
+    from federation.metrics import DATA_METRICS
 
     is_closed = not policy.models.base or not (policy.runs.allowed or policy.runs.signers)
     runs, limits, privacy = policy.runs, policy.training, policy.privacy

@@ -19,8 +19,9 @@ from fnmatch import fnmatchcase
 
 from client.accountant import PrivacyEvent
 from client.ledger import EpsilonOf, Spent
-from client.policy import ANY, DATA_METRICS, Policy
+from client.policy import ANY, Policy
 from client.request import AdapterFacts, SiteRequest
+from federation.metrics import DATA_METRICS
 from federation.run_signature import is_signed_by
 
 _MAX_SHOWN = 80

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from federation.errors import FedgeError
 from federation.events import Event, RoundFinished, RunResumed, SiteFailed, SiteLate
 from federation.exchange import LIFETIME, RoundError
+from federation.metrics import count_in, number_in
 from federation.rounds import run_rounds
 from federation.settings import FederationSettings, load_settings
 from federation.sites import Reply, Request
@@ -56,9 +57,10 @@ def _say(event: Event) -> None:
     """Print what `flwr run --stream` should show while a run is under way."""
     match event:
         case RoundFinished():
+            loss = "–" if event.train_loss is None else f"{event.train_loss:.4f}"
             line = (
                 f"round {event.server_round}: {event.num_updates} updates, train loss "
-                f"{event.train_loss:.4f}, {event.seconds:.1f} s"
+                f"{loss}, {event.seconds:.1f} s"
             )
         case RunResumed():
             line = f"resumed at round {event.server_round}, with the settings of its run.json"
@@ -118,6 +120,7 @@ class GridSites:
                     "aggregation": request.aggregation,
                     "num_rounds": request.num_rounds,
                     "cohort": request.cohort,
+                    "metrics": list(request.metrics),
                 }
             ),
         }
@@ -250,9 +253,9 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
             site,
             server_round,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]),
-            train_loss=float(result["train_loss"]),
-            seconds=float(result["seconds"]),
+            num_examples=count_in(result, "num-examples"),
+            train_loss=number_in(result, "train_loss"),
+            seconds=number_in(result, "seconds"),
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others

@@ -10,6 +10,7 @@ from typing import Any
 from client.accountant import PrivacyEvent
 from client.ledger import Spent
 from client.policy import Policy
+from client.policy_template import policy_template
 from client.request import RequestError, parse_request
 from client.verdict import judge
 
@@ -85,6 +86,25 @@ def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
             table = table.setdefault(part, {})
         table[name] = value
     return tree
+
+
+def opened_template(epsilon: float) -> str:
+    """Return the template's policy.toml as an officer opens it to runs of three sites.
+
+    Any base model and any run; two sites may make an average, each of whose updates the server sees
+    by itself; the data may spend ``epsilon``.
+    """
+    text = policy_template()
+    for before, after in (
+        ("base = []", 'base = ["any"]'),
+        ("allowed = []", 'allowed = ["any"]'),
+        ("secure_sum_required = true", "secure_sum_required = false"),
+        ("min_cohort = 3", "min_cohort = 2"),
+        ("epsilon = 8.0", f"epsilon = {epsilon}"),
+    ):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
 
 
 def without(tree: dict[str, Any], name: str) -> dict[str, Any]:

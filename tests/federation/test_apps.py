@@ -230,6 +230,28 @@ def test_a_malformed_reply_costs_only_its_site(
     assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1
 
 
+def test_a_damaged_number_that_nobody_asked_for_costs_nothing(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    from flwr.app import MetricRecord
+
+    def spoil(message: Message) -> list[Message]:
+        assert set(message.content["result"]) == {"seconds"}
+        if message.metadata.src_node_id == 100:
+            damaged = {"num-examples": float("inf"), "train_loss": [1.0, 2.0], "seconds": 1.5}
+            message.content["result"] = MetricRecord(damaged)
+        return [message]
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1, "metrics": "seconds"})
+    grid.spoil = spoil
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    updates = [event for event in log if isinstance(event, UpdateReceived)]
+    assert len(updates) == 2
+    assert {(u.num_examples, u.train_loss) for u in updates} == {(None, None)}
+    assert 1.5 in {u.seconds for u in updates}
+
+
 def test_a_reply_whose_body_is_no_protobuf_costs_only_its_site(
     run_config: dict[str, object], tmp_path: Path
 ) -> None:
