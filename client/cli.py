@@ -11,7 +11,7 @@ import typer
 
 from client.ledger_cli import ledger_app
 from client.policy_cli import policy_app
-from client.setup_cli import init
+from client.setup_cli import doctor, init
 from federation.command import print_result, run_command
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
 app.command("init")(init)
+app.command("doctor")(doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]

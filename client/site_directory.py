@@ -20,6 +20,7 @@ from pathlib import Path
 
 from client.policy import Policy
 from client.policy_template import policy_template
+from client.service_units import DIRECTORY, TWO_USERS, service_units
 from client.site_settings import SiteSettings, site_settings
 from client.site_template import site_template
 from federation.atomic import sync_directory
@@ -63,8 +64,7 @@ def make_site(
     known: dict[str, str],
     base_models: Sequence[str] = (),
     signers: Sequence[str] = (),
-    more: Sequence[NewFile] = (),
-    is_state_made: bool = True,
+    client: Path | None = None,
 ) -> NewSite:
     """Write a new site, all of it or nothing.
 
@@ -73,28 +73,32 @@ def make_site(
         known: Values of site.toml that the user said.
         base_models: Digests that its policy allows.
         signers: Public keys whose runs its policy allows.
-        more: Files beside those that every site has.
-        is_state_made: Whether the state directory is made too, for its owner only; one that exists
-            stays as it is.
+        client: The command that systemd's units start, as two users; None = no units.
+
+    Where daemon and trainer are one user, the state directory is made too, for its owner only, or
+    stays as it is; of two users each gets its own from systemd or from the container's volume.
 
     Raises:
         SettingsError: A value is out of its range.
         UserError: A file exists, or cannot be written.
     """
     directory = directory.absolute()
-    site_text = site_template(**known)
+    site_text = site_template(**(known | (TWO_USERS if client else {})))
+    if any("\ud800" <= letter <= "\udfff" for letter in site_text):
+        raise UserError("a path is not UTF-8, which TOML cannot hold: rename it")
     policy_text = policy_template(base_models=base_models, signers=signers)
     settings = site_settings(tomllib.loads(site_text), directory, SITE)
     policy = load_settings(Policy, tomllib.loads(policy_text), POLICY)
     keys = _node_key()
+    units = service_units(settings, directory / SITE, client) if client else {}
     files = [
         *keys,
         NewFile(POLICY, policy_text.encode()),
-        *more,
+        *(NewFile(f"{DIRECTORY}/{name}", text.encode()) for name, text in units.items()),
         NewFile(SITE, site_text.encode()),
     ]
     try:
-        _write(directory, files, settings.state if is_state_made else None)
+        _write(directory, files, settings.state if settings.node_state is None else None)
     except OSError as error:
         place = error.filename or directory
         raise UserError(

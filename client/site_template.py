@@ -18,8 +18,17 @@ _ORDINARY = {
     "name": "",
     "trainer": "child",
     "socket_group": "",
+    "health": "",
 }
 """Of a site whose daemon and trainer are one user's."""
+TWO_CONTAINERS = {
+    "trainer": "/run/fedge/trainer",
+    "socket_group": "fedge",
+    "state": "/var/lib/fedge-trainer",
+    "node_state": "/var/lib/fedge-node",
+    "health": "127.0.0.1:8470",
+}
+"""Of a site whose two halves are containers, as docker/compose.yaml mounts them."""
 
 _TEMPLATE = """\
 # site.toml: what this site says of itself to its own daemon and trainer. Nothing in it is sent
@@ -68,7 +77,7 @@ socket_group = @socket_group@
 @node_state@
 
 # HOST:PORT on loopback on which the daemon answers GET /healthz. Empty: none.
-health = ""
+health = @health@
 
 # Seconds between two looks for a message while there is work, and to what they grow without.
 poll_s = 0.1

@@ -20,6 +20,7 @@ from topology import CONNECTION, Deployment
 
 from federation.atomic import write_atomically
 from federation.errors import UserError
+from federation.metrics import metric_names
 from federation.status import summarise
 
 ROOT = Path(__file__).parents[2]
@@ -90,8 +91,9 @@ def _set_up(made: Deployment, institution: Institution) -> None:
 def allowances(description: Mapping[str, Any], bundle: str, node: Node) -> dict[str, Any]:
     """Return what an officer writes into a policy that `client init` wrote, for one run.
 
-    The run by its id and its bundle by its sha256, and what this run does without: a secure sum
-    and noise. The bounds on ranks, steps, bytes and rounds stay those of the template.
+    The run by its id and its bundle by its sha256; what it makes of the updates and what it wants
+    beside them; and that there is no secure sum, and no noise where it has none. The bounds on
+    ranks, steps, bytes and rounds stay those of the template.
 
     Args:
         description: The run.json of the run.
@@ -107,7 +109,7 @@ def allowances(description: Mapping[str, Any], bundle: str, node: Node) -> dict[
         "aggregation.secure_sum_required": False,
         "aggregation.min_cohort": settings["quorum"],
         "privacy.required": float(settings["training"].get("noise_multiplier", 0.0)) > 0,
-        "metrics.allowed": ["num-examples", "train_loss", "seconds"],
+        "metrics.allowed": list(metric_names(settings["metrics"])),
     }
 
 

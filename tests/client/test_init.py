@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from client.policy import read_policy
 from client.policy_template import policy_template
-from client.site_directory import NewFile, make_site
+from client.site_directory import make_site
 from client.site_settings import SiteSettings, load_site
 from client.site_template import site_template
 from federation.base_model import model_digest
@@ -75,6 +75,18 @@ def test_the_fingerprint_is_the_one_that_ssh_prints(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.split()[1] == made.fingerprint
+
+
+def test_for_docker_it_is_two_halves_and_makes_no_state(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "init", tmp_path / "site", "--docker", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    settings = load_site(tmp_path / "site" / "site.toml")
+    assert (str(settings.socket), settings.socket_group) == ("/run/fedge/trainer", "fedge")
+    assert "docker compose up -d" in said["next"][-1]
+    assert not any("client daemon" in step for step in said["next"])
+    assert not (tmp_path / "site" / "state").exists()
 
 
 def test_without_a_word_it_says_what_to_fill_in_and_allows_nothing(
@@ -140,16 +152,14 @@ def test_what_stood_in_the_directory_stays_beside_the_site(tmp_path: Path) -> No
     assert mode_of(tmp_path / "state") == 0o750
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, is_there: bool) -> None:
-    directory = tmp_path / "site"
-    if is_there:
-        directory.mkdir()
-    bad = NewFile("units/" + "n" * 300, b"")  # no file system takes such a name
+def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
-        make_site(directory, known={}, more=[NewFile("units/good", b""), bad])
-    assert [path.name for path in tmp_path.iterdir()] == (["site"] if is_there else [])
-    assert not is_there or not list(directory.iterdir())
+        make_site(tmp_path / "new", known={"state": "/proc/none/state"})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "systemd").write_text("in the way")
+    with pytest.raises(UserError, match="systemd cannot be written"):
+        make_site(tmp_path, known={}, client=Path("/opt/fedge/bin/client"))
+    assert [path.name for path in tmp_path.iterdir()] == ["systemd"]
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,8 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, is_there: bool) -> N
         (["--state", "s" * 101], "choose a shorter state or trainer"),
         (["--signer", "abc"], "setting 'runs.signers.0' is 'abc'"),
         (["--base-model", "nowhere"], "nowhere does not exist"),
+        (["--data", "a\udcff.jsonl"], "not UTF-8"),
+        (["--docker", "--systemd", "--data", "a", "--base-model", "b"], "--docker takes no"),
     ],
 )
 def test_a_wrong_word_is_one_sentence_and_makes_nothing(
