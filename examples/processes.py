@@ -25,6 +25,10 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
+STARTED_FOR = "FEDGE_STARTED_FOR"
+"""Variable of everything that an example starts, and of what that starts: the directory that it
+works in. So what a kill of the example left behind is found, whoever its parent is by then."""
+
 _PR_SET_PDEATHSIG = 1
 # Looked up here: between fork and exec no lock may be taken, and the loader takes one.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -51,15 +55,36 @@ def end_trees(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member = psutil.Process(process.pid)
             tree += [member, *member.children(recursive=True)]
-    for member in tree:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=10)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
+    _end(tree)
     for process in running:
         process.wait()
+
+
+def end_left_behind(directory: Path) -> int:
+    """End what an example started for ``directory`` in a life that was killed; return how many.
+
+    The caller has made sure that no other example works there.
+    """
+    wanted = str(directory.resolve())
+    found = []
+    for process in psutil.process_iter():
+        # Another user's process, or one that is gone by now, does not say its variables.
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(STARTED_FOR) == wanted:
+                found.append(process)
+    _end(found)
+    return len(found)
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
 
 
 def free_ports(count: int) -> list[int]:

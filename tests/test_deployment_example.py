@@ -7,10 +7,27 @@ import ssl
 import stat
 import subprocess
 import sys
+import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from client.accountant import epsilon_of
+from client.ledger import Spent
+from client.policy import Policy
+from client.policy_template import policy_template
+from client.request import parse_request
+from client.site_template import site_template
+from client.verdict import judge
+from federation.errors import UserError
+from federation.run_signature import canonical_json
+from federation.settings import FederationSettings, load_settings
+from tests.client.policy_example import BASE, BUNDLE, OTHER, OTHER_RUN, REQUEST, RUN, changed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "deployment"))
 
 from certificates import (
@@ -19,6 +36,9 @@ from certificates import (
     make_node_key,
     make_shared_secret,
 )
+from daemons import allowances, with_values
+from processes import STARTED_FOR, end_left_behind, end_trees
+from services import ServiceError, Services
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "deployment"
 
@@ -115,6 +135,7 @@ def test_the_proxy_knows_no_path_of_the_other_apis() -> None:
     [
         (["--base-model", "nowhere"], "nowhere/config.json does not exist: run `python examples/"),
         (["--data", "bank"], "--data bank: expected NAME=FILE.jsonl"),
+        (["--node", "stock"], "--node stock: expected resident or supernode"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
@@ -137,3 +158,111 @@ def test_the_guides_certificates_are_ones_that_clients_trust(tmp_path: Path) -> 
     shake_hands(tmp_path / "ca.crt", tmp_path / "superlink.crt", "127.0.0.1")
     for secret in (*tmp_path.glob("*.key"), tmp_path / "superexec.secret"):
         assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
+def announced(**settings: Any) -> dict[str, Any]:
+    """Return the run.json of a run of two sites."""
+    values = {"base_model": "base", "out": "out", "num_sites": 2, "quorum": 2, **settings}
+    return {
+        "run": RUN,
+        "settings": load_settings(FederationSettings, values, "a test").model_dump(),
+    }
+
+
+def refused_by(policy: Policy, **changes: Any) -> str:
+    """Return the rule by which a policy refuses a plain round of the run, or ""."""
+    plain = {key: value for key, value in REQUEST.items() if key != "secure_sum"}
+    plain |= {"uplink": "float32", "trains": "AB", "aggregation": "products", "cohort": 2}
+    plain |= {"training": {"num_steps": 2, "max_tokens": 96}}
+    plain |= {"metrics": ["num-examples", "train_loss", "seconds"]}
+    request = parse_request(canonical_json(changed(plain, **changes)))
+    moment = datetime(2026, 11, 24, tzinfo=UTC)
+    verdict = judge(request, policy, Spent((), 1000, {}), moment, epsilon_of)
+    return "" if verdict.is_allowed else verdict.rule
+
+
+def test_a_site_of_the_example_allows_the_run_that_was_announced_and_no_other() -> None:
+    text = policy_template(base_models=[BASE])
+    edited = with_values(text, allowances(announced(), BUNDLE, "resident"), "policy.toml")
+    before = load_settings(Policy, tomllib.loads(text), "policy.toml")
+    policy = load_settings(Policy, tomllib.loads(edited), "policy.toml")
+    assert refused_by(before) == "runs.allowed"
+    assert refused_by(policy) == ""
+    assert refused_by(policy, run=OTHER_RUN) == "runs.allowed"
+    assert refused_by(policy, bundle=OTHER) == "runs.bundles"
+    assert refused_by(policy, adapter__base_model=OTHER) == "models.base"
+    assert refused_by(policy, aggregation="krum") == "aggregation.kinds"
+    assert refused_by(policy, uplink="int8") == "traffic.uplink"
+    assert refused_by(policy, cohort=1) == "aggregation.min_cohort"
+    assert refused_by(policy, training__num_steps=1000) == "training.max_steps"
+    stock = with_values(text, allowances(announced(), BUNDLE, "supernode"), "policy.toml")
+    assert refused_by(load_settings(Policy, tomllib.loads(stock), ""), bundle="") == ""
+
+
+def test_a_site_of_the_example_keeps_requiring_noise_of_a_run_that_has_it() -> None:
+    run = announced(**{"training.noise_multiplier": 1.0})
+    assert allowances(run, BUNDLE, "resident")["privacy.required"] is True
+
+
+def test_values_are_changed_in_their_table_and_comments_stay() -> None:
+    text = "# Top.\n[a]\n# Of a.\nx = 1\n# y = 2\n\n[b]\nx = 3\n"
+    edited = with_values(text, {"a.x": [True], "a.y": 'Zo\u00eb "Z"', "b.x": "\U0001f600"}, "f")
+    assert tomllib.loads(edited) == {
+        "a": {"x": [True], "y": 'Zo\u00eb "Z"'},
+        "b": {"x": "\U0001f600"},
+    }
+    assert "# Top." in edited
+    assert "# Of a." in edited
+    with pytest.raises(UserError, match="site.toml has no c: expected what `client init` writes"):
+        with_values(site_template(), {"name": "clinic", "c": 1}, "site.toml")
+
+
+def sleeper(directory: Path, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process that starts another one, and wait until both are there."""
+    child = "import time; print('up', flush=True); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=variables, cwd=directory, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+def test_what_a_killed_example_left_behind_is_ended_and_nothing_else(tmp_path: Path) -> None:
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    ours.mkdir()
+    mine = sleeper(tmp_path, {STARTED_FOR: str(ours)})
+    theirs = sleeper(tmp_path, {STARTED_FOR: str(others)})
+    try:
+        assert end_left_behind(ours) == 2
+        mine.wait(10)
+        assert theirs.poll() is None
+        assert end_left_behind(ours) == 0
+        assert end_left_behind(others) == 2
+    finally:
+        end_trees([mine, theirs])
+        for process in (mine, theirs):
+            process.communicate()
+
+
+def test_a_drained_program_ends_as_it_likes_and_a_bad_end_is_said(tmp_path: Path) -> None:
+    services = Services(tmp_path / "logs", Console(quiet=True), {})
+    for name, code in (("good", 0), ("bad", 3)):
+        leave = f"lambda *_: (print('leaving', flush=True), sys.exit({code}))"
+        python = (
+            f"import signal, sys, time; signal.signal(signal.SIGTERM, {leave}); "
+            "print('ready', flush=True); time.sleep(600)"
+        )
+        services.start(name, [sys.executable, "-c", python], {})
+    logs = {name: tmp_path / "logs" / f"{name}.log" for name in ("good", "bad")}
+    try:
+        services.wait_until(
+            lambda: all("ready" in log.read_text() for log in logs.values()), "", 60
+        )
+        services.drain(["good"], 60)
+        assert logs["good"].read_text() == "ready\nleaving\n"
+        with pytest.raises(ServiceError, match="bad ended with exit code 3: ready leaving"):
+            services.drain(["bad"], 60)
+    finally:
+        services.end()

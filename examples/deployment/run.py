@@ -2,17 +2,18 @@
 
     python examples/deployment/run.py --out deployment
 
-makes the certificates, starts coordinator, proxy and two sites, shows what the sites' port lets
-through, runs three rounds, and ends everything that it started. Every command is printed as you
-would type it. Without options it uses the model and the text that the demo has fetched.
+makes the certificates, starts coordinator and proxy, shows what the sites' port lets through, sets
+up two sites with a policy each, runs three rounds, says what left each site, and ends everything
+that it started. Every command is printed as you would type it. Without options it uses the model
+and the text that the demo has fetched.
 """
 
-import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -20,14 +21,12 @@ from rich.table import Table
 
 from federation.command import print_result, run_command
 from federation.errors import UserError
-from federation.status import summarise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
-from services import ServiceError
-from topology import CONNECTION, Deployment, Site, deployment
+from daemons import Institution, Node, federate, set_up, what_left
+from topology import Deployment, deployment
 
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "demo"
+DEMO = Path(__file__).parents[2] / "demo"
 PROBES = (
     ("POST", "/v1/fleet/pull-messages", "a site's request for work, without its signature"),
     ("POST", "/v1/fleet/register-node", "a site that registers itself"),
@@ -53,17 +52,28 @@ def main(
         typer.Option("--set", help="key=value of the run config, like `flwr run -c`."),
     ] = None,
     port: Annotated[int | None, typer.Option(help="That sites connect to; default: free.")] = None,
+    node: Annotated[
+        str, typer.Option(help="resident, or supernode: a stock SuperNode beside each trainer.")
+    ] = "resident",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Run a federation over TLS: coordinator, proxy and sites on this machine."""
     signal.signal(signal.SIGTERM, _leave)
     console = Console(stderr=True)
-    sites = _sites(base_model, data)
-    with deployment(out, sites, console, port=port) as made:
+    sites = _sites(out, base_model, data, node)
+    with deployment(out, [], console, port=port) as made:
         answers = {f"{method} {path}": made.status_of(method, path) for method, path, _ in PROBES}
         _print_answers(answers, console)
-        summary = _federate(made, base_model, rounds, len(sites), setting or [])
-    result = {"adapter": str(out / "run" / "adapter"), "port": answers, **summary}
+        set_up(made, sites)
+        words = _words(made, base_model, rounds, len(sites), setting or [])
+        summary = federate(made, sites, words, made.home / "run")
+        left = _ledgers(made, sites)
+    result = {
+        "adapter": str(out / "run" / "adapter"),
+        "port": answers,
+        "left": left,
+        **summary,
+    }
     print_result(result, as_json, lambda: print(f"adapter: {result['adapter']}"))
 
 
@@ -73,12 +83,14 @@ def _leave(*_: int | FrameType | None) -> NoReturn:
     sys.exit(143)
 
 
-def _sites(base_model: Path, data: list[str] | None) -> list[Site]:
+def _sites(out: Path, base_model: Path, data: list[str] | None, node: str) -> list[Institution]:
     """Return the sites that the options name.
 
     Raises:
         UserError: A file is missing, or an option is no NAME=FILE.
     """
+    if node not in get_args(Node):
+        raise UserError(f"--node {node}: expected {' or '.join(get_args(Node))}")
     if data is None:
         data = [f"{name}={DEMO / 'data' / name / 'train.jsonl'}" for name in ("hospital", "bank")]
     sites = []
@@ -92,8 +104,16 @@ def _sites(base_model: Path, data: list[str] | None) -> list[Site]:
                     f"{path} does not exist: run `python examples/four_institutions/fetch.py "
                     "--out demo` first, or name your own with --base-model and --data"
                 )
-        words = {"data": Path(file).resolve(), "base_model": base_model.resolve(), "name": name}
-        sites.append(Site(name, " ".join(f'{key}="{value}"' for key, value in words.items())))
+        directory = out.resolve() / "sites" / name
+        sites.append(
+            Institution(
+                name,
+                directory,
+                base_model.resolve(),
+                Path(file).resolve(),
+                "supernode" if node == "supernode" else "resident",
+            )
+        )
     if len({site.name for site in sites}) < len(sites):
         raise UserError(f"--data {' '.join(data)}: every site needs a name of its own")
     return sites
@@ -106,32 +126,28 @@ def _print_answers(answers: dict[str, int], console: Console) -> None:
     console.print(table)
 
 
-def _federate(
+def _words(
     made: Deployment, base_model: Path, rounds: int, num_sites: int, settings: list[str]
-) -> dict[str, Any]:
-    """Run the federation through the coordinator's SuperLink and return its summary.
-
-    Raises:
-        ServiceError: It did not finish.
-    """
-    out = made.home / "run"
+) -> list[str]:
+    """Return the words of `flwr run` that say which run it is."""
     config = (
-        f'base_model="{base_model.resolve()}" out="{out}" num_rounds={rounds} '
-        f"num_sites={num_sites} round_timeout_s=600 training.num_steps=2 training.max_tokens=96"
+        f'base_model="{base_model.resolve()}" out="{made.home / "run"}" num_rounds={rounds} '
+        f"num_sites={num_sites} quorum={num_sites} round_timeout_s=600 training.num_steps=2 "
+        "training.max_tokens=96"
     )
-    command = ["flwr", "run", str(ROOT), CONNECTION, "--stream", "-c", config]
-    command += [word for setting in settings for word in ("-c", setting)]
-    made.services.run(command, made.variables("coordinator"))
-    # `flwr run` ends with 0 whatever became of the run: the event log is what counts.
-    events = out / "events.jsonl"
-    if not events.is_file():
-        runs = made.flwr("ls")["runs"]
-        raise ServiceError(f"the run did not start: {json.dumps(runs)[:400]}")
-    summary = summarise(events)
-    if summary["state"] != "finished":
-        reason = summary.get("reason", "it stopped without a word")
-        raise ServiceError(f"the federation {summary['state']}: {reason}; see {events}")
-    return summary
+    return ["-c", config, *(word for setting in settings for word in ("-c", setting))]
+
+
+def _ledgers(made: Deployment, sites: Sequence[Institution]) -> dict[str, Any]:
+    """Return what left each site by its own ledger, which is checked first."""
+    left = {}
+    for site in sites:
+        ledger = ["client", "ledger"]
+        made.services.call([*ledger, "verify", str(site.config), "--json"], {})
+        shown = made.services.call([*ledger, "show", str(site.config), "--json"], {})
+        left[site.name] = what_left(site, shown)
+        made.services.say(f"left {site.name}:", left[site.name])
+    return left
 
 
 if __name__ == "__main__":

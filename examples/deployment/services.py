@@ -1,5 +1,6 @@
 """Programs that run side by side until a block ends: printed, logged, watched, and ended by id."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import end_trees, end_with_parent, environment
+from processes import STARTED_FOR, end_trees, end_with_parent, environment
 from rich.console import Console
 from rich.markup import escape
 
@@ -23,17 +24,26 @@ class ServiceError(FedgeError):
 class Services:
     """The programs of a deployment, by name."""
 
-    def __init__(self, logs: Path, console: Console, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        console: Console,
+        variables: Mapping[str, str],
+        started_for: Path | None = None,
+    ) -> None:
         """Write one log a program into ``logs``; print commands to ``console``.
 
         Args:
             logs: A directory; it is made.
             console: For the reader.
             variables: Environment of every program, besides its own.
+            started_for: Directory by which `processes.end_left_behind` finds the programs; None is
+                that of the logs.
         """
         self.logs = logs
         self._console = console
-        self._shared = dict(variables)
+        mark = {STARTED_FOR: str((started_for or logs).resolve())}
+        self._shared = {**variables, **mark}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         logs.mkdir(parents=True, exist_ok=True)
         words = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
@@ -87,6 +97,26 @@ class Services:
         del self._processes[name]
         return code, self._log(name).read_text(errors="replace")
 
+    def drain(self, names: Sequence[str], timeout_s: float) -> None:
+        """Send SIGTERM to these programs and let each end what it does.
+
+        Raises:
+            ServiceError: One ended with another code than 0, or not in ``timeout_s``.
+        """
+        for name in names:
+            self._processes[name].terminate()
+        deadline = time.monotonic() + timeout_s
+        for name in names:
+            try:
+                code = self._processes[name].wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise ServiceError(
+                    f"{name} did not end in {timeout_s:g} s: see {self.logs}"
+                ) from None
+            del self._processes[name]
+            if code:
+                raise ServiceError(f"{name} ended with exit code {code}: {self._last_words(name)}")
+
     def end(self, names: Sequence[str] = ()) -> None:
         """End these programs at once, or all that are left."""
         chosen = names or list(self._processes)
@@ -115,13 +145,18 @@ class Services:
             answer: dict[str, Any] = json.loads(done.stdout)
         except json.JSONDecodeError:
             answer = {}
-        if done.returncode or not answer.get("success"):
+        # Flower's commands say "success"; ours say it by their exit code.
+        if done.returncode or not answer or not answer.get("success", True):
             said = answer.get("error-message") or done.stderr.strip() or done.stdout.strip()
             raise ServiceError(f"exit code {done.returncode} of `{shlex.join(command)}`: {said}")
         return answer
 
     def run(self, command: Sequence[str], variables: Mapping[str, str]) -> int:
-        """Run a command to its end, its output for the reader; return the exit code."""
+        """Run a command to its end, its output for the reader; return the exit code.
+
+        Raises:
+            ServiceError: A program ended meanwhile.
+        """
         self._print(command, variables)
         process = subprocess.Popen(
             _found(command),
@@ -131,9 +166,17 @@ class Services:
             preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
         )
         try:
-            return process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(1.0)
+                self.check()
         finally:
             end_trees([process])
+
+    def say(self, what: str, values: Mapping[str, object]) -> None:
+        """Print what was done that is no command."""
+        shown = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        self._console.print(f"[dim]{escape(what)} {escape(shown)}[/dim]", soft_wrap=True)
 
     def _print(
         self, command: Sequence[str], variables: Mapping[str, str], suffix: str = ""

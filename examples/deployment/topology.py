@@ -1,9 +1,10 @@
 """One coordinator and its sites on one machine, put together as on many.
 
-    site: flower-supernode ──TLS──▶ nginx ──TLS──▶ flower-superlink ◀──TLS── flower-superexec
-          (node key)               only /v1/fleet   state in SQLite          starts the ServerApp
+    site: client daemon ──TLS──▶ nginx ──TLS──▶ flower-superlink ◀──TLS── flower-superexec
+          (node key)             only /v1/fleet   state in SQLite         starts the ServerApp
 
-Sites see nginx and nothing else. The SuperLink listens on loopback, where the coordinator's own
+Sites are in `daemons.py`; a stock flower-supernode that trains in its own process is here. Sites
+see nginx and nothing else. The SuperLink listens on loopback, where the coordinator's own
 commands (`flwr run`, `flwr supernode register`) and its SuperExec reach it. The SuperExec is a
 program of its own, so a run outlives a SuperLink that is restarted.
 """
@@ -65,7 +66,7 @@ class Deployment:
     superlink: str
     """Address of all the SuperLink's APIs, for the coordinator only."""
     sites_port: int
-    """Of nginx: all that a site can reach."""
+    """All that a site is told of: nginx's, or the SuperLink's own where there is no proxy."""
     site_switches: Mapping[str, str]
 
     @property
@@ -84,14 +85,9 @@ class Deployment:
 
     def start_site(self, site: Site, *, is_registered: bool = True) -> str:
         """Make a site's key, register its public half, start its SuperNode; return its name."""
-        directory = self.home / "sites" / site.name
-        key = make_node_key(directory)
+        key = make_node_key(self.home / "sites" / site.name)
         if is_registered:
-            public = str(key.with_suffix(".pub"))
-            command = ["flwr", "supernode", "register", public, CONNECTION]
-            self.services.call(
-                [*command, "--name", site.name, "--format", "json"], self.variables("coordinator")
-            )
+            self.register(key.with_suffix(".pub"), site.name)
         (port,) = free_ports(1)
         name = f"supernode-{site.name}"
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.sites_port}"]
@@ -103,6 +99,13 @@ class Deployment:
             name, command, {**self.variables(f"sites/{site.name}"), **self.site_switches}
         )
         return name
+
+    def register(self, public_key: Path, name: str) -> None:
+        """Admit the site that has the other half of a key."""
+        command = ["flwr", "supernode", "register", str(public_key), CONNECTION]
+        self.services.call(
+            [*command, "--name", name, "--format", "json"], self.variables("coordinator")
+        )
 
     def num_online(self) -> int:
         """Return how many SuperNodes the SuperLink counts as connected."""
@@ -121,30 +124,38 @@ def deployment(
     *,
     port: int | None = None,
     site_switches: Mapping[str, str] = SITE_SWITCHES,
+    has_proxy: bool = True,
+    started_for: Path | None = None,
 ) -> Iterator[Deployment]:
     """Start everything, wait until every site is connected, and end everything after the block.
 
     Args:
         home: A new directory; all keys, state and logs go below it.
-        sites: The institutions, each with another name.
+        sites: Stock SuperNodes, each with another name.
         console: Where the commands are printed.
         port: That sites see; None takes a free one.
         site_switches: Environment of the SuperNodes, besides ``SWITCHES``.
+        has_proxy: Whether nginx stands before the SuperLink. Without it whoever reaches the port
+            may start runs: only where sites and coordinator are one user on one machine.
+        started_for: Directory by which `processes.end_left_behind` finds the programs after a kill.
 
     Raises:
         UserError: ``home`` is not empty, a port is taken, or nginx is not installed.
         ServiceError: A program did not start.
     """
     refuse_existing(home)
-    nginx, home = find_nginx(), home.resolve()
+    nginx, home = find_nginx() if has_proxy else None, home.resolve()
     sites_port, superlink_port = _ports(port)
-    services = Services(home / "logs", console, SWITCHES)
+    if not has_proxy:
+        superlink_port = sites_port
+    services = Services(home / "logs", console, SWITCHES, started_for)
     made = Deployment(home, services, f"127.0.0.1:{superlink_port}", sites_port, site_switches)
     _write_secrets(made)
     try:
         start_superlink(made)
         _start_superexec(made)
-        _start_nginx(made, nginx)
+        if nginx is not None:
+            _start_nginx(made, nginx)
         names = [made.start_site(site) for site in sites]
         made.services.wait_until(
             lambda: made.num_online() == len(sites), "the connection of every site", 60

@@ -7,6 +7,7 @@ two cores better than one lane of two threads: small matrices spend a second thr
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from federation.atomic import write_atomically
 from federation.errors import FedgeError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the examples share
-from processes import end_with_parent, environment
+from processes import STARTED_FOR, end_with_parent, environment
 
 
 class CommandError(FedgeError):
@@ -57,6 +58,9 @@ class Finished:
     elapsed_s: float
     """Wall time of the demo when it was done, over all the times the demo was started."""
     output: dict[str, Any]
+    total_peak_bytes: int = 0
+    """Largest sum of the resident sets of all its processes at one moment. What they share (the
+    libraries) is counted once for each, so it is an upper bound; looked at every 0.2 s."""
 
 
 class Commands:
@@ -88,6 +92,11 @@ class Commands:
         """Largest resident set of any process of any command."""
         return max((done.peak_bytes for done in self.finished.values()), default=0)
 
+    @property
+    def total_peak_bytes(self) -> int:
+        """Largest sum of the resident sets of the processes of any command."""
+        return max((done.total_peak_bytes for done in self.finished.values()), default=0)
+
     def is_done(self, name: str, command: Sequence[str]) -> bool:
         """Tell whether this very command was run to its end before."""
         return name in self.finished and self.finished[name].command == list(command)
@@ -98,46 +107,58 @@ class Commands:
         command: Sequence[str],
         *,
         threads: int | None = None,
-        variables: Mapping[str, str] | None = None,
-        streams: bool = False,
         output: Path | None = None,
-        check: Callable[[], None] = lambda: None,
     ) -> Finished:
         """Run one command, unless it is done; print it as a user would type it.
 
         Args:
             name: What it is called in the record.
-            command: Program and arguments.
+            command: Program and arguments; what it prints is one JSON object, or nothing.
             threads: OpenMP threads it may use; default: all cores.
-            variables: Of its environment, besides ours; printed before the command.
-            streams: Its standard output is for the reader, not one JSON object.
             output: What it makes in one step; removed first when the command is not done.
-            check: Called when it ended well, before it counts as done; raises if it is not.
 
         Raises:
             CommandError: It ended with another code than 0.
         """
-        extra = dict(variables or {})
-        shown = [f"{key}={shlex.quote(value)}" for key, value in extra.items()]
-        typed = " ".join([*shown, shlex.join(command)])
+        typed = shlex.join(command)
         self.console.print(f"[bold cyan]$[/bold cyan] {escape(typed)}", soft_wrap=True)
+
+        def action() -> dict[str, Any]:
+            if output is not None:
+                shutil.rmtree(output, ignore_errors=True)
+            variables = {
+                "OMP_NUM_THREADS": str(threads or os.cpu_count() or 1),
+                STARTED_FOR: str(self.record.parent.resolve()),
+            }
+            printed = run_to_end(command, environment(variables), typed=typed)
+            return json.loads(printed) if printed.lstrip().startswith("{") else {}
+
+        return self.perform(name, command, action)
+
+    def perform(
+        self, name: str, command: Sequence[str], action: Callable[[], dict[str, Any]]
+    ) -> Finished:
+        """Do what a command stands for, unless it is done; what is raised is not remembered.
+
+        Args:
+            name: What it is called in the record.
+            command: By which it is known again: the same name with another command is not done.
+            action: Does it, and returns what is remembered as its output.
+        """
         if self.is_done(name, command):
-            self.console.print("  [dim]done before[/dim]")
+            self.console.print(f"  [dim]{name}: done before[/dim]")
             return self.finished[name]
-        if output is not None:
-            shutil.rmtree(output, ignore_errors=True)
         started = time.monotonic()
-        extra["OMP_NUM_THREADS"] = str(threads or os.cpu_count() or 1)
         with PeakMemory() as peak:
-            printed = run_to_end(command, environment(extra), captures=not streams, typed=typed)
-        check()
+            output = action()
         done = Finished(
             name,
             list(command),
             round(time.monotonic() - started, 1),
             peak.num_bytes,
             round(time.monotonic() - self._started, 1),
-            json.loads(printed) if printed.lstrip().startswith("{") else {},
+            output,
+            peak.total_bytes,
         )
         self.console.print(f"  [dim]{name}: {done.seconds:.0f} s[/dim]")
         self._remember(done)
@@ -170,9 +191,7 @@ class Commands:
                 os.fsync(file.fileno())
 
 
-def run_to_end(
-    command: Sequence[str], variables: Mapping[str, str], *, captures: bool, typed: str
-) -> str:
+def run_to_end(command: Sequence[str], variables: Mapping[str, str], *, typed: str) -> str:
     """Run a command and return what it printed; it ends when this process does.
 
     Raises:
@@ -180,7 +199,7 @@ def run_to_end(
     """
     process = subprocess.Popen(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        stdout=subprocess.PIPE if captures else None,
+        stdout=subprocess.PIPE,
         env=dict(variables),
         text=True,
         preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
@@ -193,15 +212,18 @@ def run_to_end(
             process.wait()
     if process.returncode:
         raise CommandError(f"exit code {process.returncode} of: {typed}")
-    return printed or ""
+    return printed
 
 
 class PeakMemory:
-    """Watches every process that this one started; holds the largest resident set of one."""
+    """Watches every process that this one started; holds the largest resident sets."""
 
     def __init__(self) -> None:
         """Nothing is watched before the block begins."""
         self.num_bytes = 0
+        """Of one process."""
+        self.total_bytes = 0
+        """Of all of them at one moment, what they share counted for each."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -215,24 +237,29 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
+            total = 0
             for process in psutil.Process().children(recursive=True):
-                self.num_bytes = max(self.num_bytes, _high_water_mark(process.pid))
+                peak, now = _resident_sets(process.pid)
+                self.num_bytes = max(self.num_bytes, peak)
+                total += now
+            self.total_bytes = max(self.total_bytes, total)
             if self._over.wait(0.2):
                 return
 
 
-def _high_water_mark(pid: int) -> int:
-    """Return the peak resident set of a process in bytes: VmHWM, which the kernel keeps exactly."""
+def _resident_sets(pid: int) -> tuple[int, int]:
+    """Return the peak and the present resident set of a process in bytes, as the kernel has them.
+
+    The peak is VmHWM, which the kernel keeps exactly; (0, 0) for a process that is gone.
+    """
     own = Path("/proc/self/cmdline").read_bytes()
     try:
         # Between fork and exec a child still counts this process's own memory. The name is read
         # before the memory: once it has another one, its memory is its own.
         if Path(f"/proc/{pid}/cmdline").read_bytes() == own:
-            return 0
+            return 0, 0
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        return 0, 0
+    found = dict(re.findall(r"^(VmHWM|VmRSS):\s+(\d+) kB$", status, re.MULTILINE))
+    return int(found.get("VmHWM", 0)) * 1024, int(found.get("VmRSS", 0)) * 1024

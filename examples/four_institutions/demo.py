@@ -2,13 +2,12 @@
 
     python examples/four_institutions/demo.py --out demo
 
-prints and runs the very commands a user types: fetch, check the data, federate, compare with each
-site alone and with all text pooled, distil, build, push, and let a device fetch and answer. Ends
-with one table, `demo/summary.json` and `demo/report.html`. Killed, it goes on where it stopped.
+prints and runs the very commands a user types: fetch, check the data, federate among four sites'
+daemons over TLS, compare with each site alone and with all text pooled, distil, build, push, and
+let a device fetch and answer. Ends with one table, `demo/summary.json` and `demo/report.html`.
+Killed, it goes on where it stopped.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import os
@@ -19,14 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from commands import CommandError, Commands, Job
+from commands import Commands, Job
 from report import print_table, write_report
 from rich.console import Console
-from superlink import superlink
+from work_directory import start_over_after_a_change, working_in
 
 from federation.atomic import write_atomically
 from federation.command import run_command
 from federation.status import summarise
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deployment"))  # the coordinator and the sites
+from daemons import Institution, federate, set_up, what_left
+from topology import CONNECTION, deployment
 
 SITES = ("bank", "billing", "hospital", "security")
 MODELS = ("base", "federated", "pooled", *(f"local-{site}" for site in SITES))
@@ -35,18 +38,13 @@ STUDENT, STUDENT_STEPS = "0.43x", 40
 BUILDS = ("gguf:f16", "gguf:q8_0", "gguf:q4_k", "gguf:q4_0", "onnx:int4")
 DEVICE_BUILD = "gguf-q8_0"
 QUESTION = "What is Fever?"
-MADE = (
-    *("run", "adapters", "student", ".student.work", "builds", "keys", "registry", "device"),
-    *("device.toml", "commands.jsonl", "summary.json", "report.html", "flower"),
-)
-"""What the demo makes below its directory, besides what fetch.py makes."""
 
 
 class Demo:
     """The commands in order, and what they printed."""
 
     def __init__(self, out: Path, console: Console) -> None:
-        """Everything goes below ``out``."""
+        """Everything goes below ``out``, which nobody else works in (`working_in`)."""
         self.out = out
         self.base = out / "models" / "base"
         self.console = console
@@ -86,37 +84,61 @@ class Demo:
         """Return a data file of a site."""
         return self.out / "data" / site / f"{split}.jsonl"
 
+    def institutions(self) -> list[Institution]:
+        """Return the four sites, each with a directory of its own."""
+        return [
+            Institution(site, self.out / "sites" / site, self.base, self.data(site, "train"))
+            for site in SITES
+        ]
+
     def federate(self) -> None:
-        """Start a SuperLink in simulation mode, run the federation on it, end it."""
-        run = self.out / "run"
+        """Run the federation among the sites' daemons; end it where a kill left it."""
+        run, home, sites = self.out / "run", self.out / "flower", self.institutions()
         config = (
             f'base_model="{self.base.resolve()}" out="{run.resolve()}" '
-            f'simulated_sites="{(self.out / "data").resolve()}" '
-            f"num_rounds={ROUNDS} num_sites={len(SITES)} training.num_steps={STEPS} "
-            f"training.batch_size={BATCH_SIZE} training.max_tokens={MAX_TOKENS} "
-            f"training.learning_rate={LEARNING_RATE}"
+            f"num_rounds={ROUNDS} num_sites={len(SITES)} quorum={len(SITES)} "
+            f"training.num_steps={STEPS} training.batch_size={BATCH_SIZE} "
+            f"training.max_tokens={MAX_TOKENS} training.learning_rate={LEARNING_RATE}"
         )
-        home = self.out / "flower"
-        federation = f"num-supernodes={len(SITES)} client-resources-num-cpus=1"
-        command = ["flwr", "run", ".", "--stream", "--federation-config", federation, "-c", config]
+        command = ["flwr", "run", ".", CONNECTION, "-c", config]
 
-        def check() -> None:
-            # `flwr run` ends with 0 whatever became of the run.
-            if summarise(run / "events.jsonl")["state"] != "finished":
-                raise CommandError(f"the federation did not finish: see {run / 'events.jsonl'}")
+        def action() -> dict[str, Any]:
+            is_begun = (run / "run.json").is_file()
+            if is_begun and summarise(run / "events.jsonl")["state"] == "finished":
+                return {}
+            words = ["-c", f'resume="{run.resolve()}"'] if is_begun else command[4:]
+            # The coordinator is made anew, certificates and all; sites keep what is theirs, and a
+            # round that they answered before the kill is sent again and not trained again.
+            shutil.rmtree(home, ignore_errors=True)
+            if not is_begun:
+                shutil.rmtree(run, ignore_errors=True)
+            with deployment(
+                home, [], self.console, has_proxy=False, started_for=self.out
+            ) as coordinator:
+                set_up(coordinator, sites)
+                # Four trainers share the cores; more threads would only wait for each other.
+                threads = max(1, (os.cpu_count() or 1) // len(sites))
+                federate(coordinator, sites, words, run, threads=threads)
+            return {}
 
-        with contextlib.ExitStack() as stack:
-            if not self.commands.is_done("federate", command):
-                stack.enter_context(superlink(home, self.console))
-            self.commands.run(
-                "federate",
-                command,
-                variables={"FLWR_HOME": str(home.resolve())},
-                streams=True,
-                output=run,
-                check=check,
-            )
+        self.commands.perform("federate", command, action)
         self.commands.run("status", ["federation", "status", str(run), "--json"])
+        for site in sites:
+            for word in ("verify", "show"):
+                ledger = ["client", "ledger", word, str(site.config), "--json"]
+                self.commands.run(f"ledger-{word}-{site.name}", ledger)
+
+    def daemons(self) -> dict[str, dict[str, Any]]:
+        """Return what left each site by its own ledger and log."""
+        finished = self.commands.finished
+        return {
+            site.name: {
+                **what_left(site, finished[f"ledger-show-{site.name}"].output),
+                "ledger_rows": finished[f"ledger-verify-{site.name}"].output["releases"],
+                "is_ledger_verified": True,  # else the command would have failed, and the demo
+            }
+            for site in self.institutions()
+        }
 
     def distillation(self) -> dict[str, Job]:
         """Prune and train the student on public text of the sites' kinds."""
@@ -289,11 +311,13 @@ class Demo:
                 "top1": end["top1"],
                 "num_tokens": student["tokens"],
             },
+            "daemons": self.daemons(),
             "builds": builds,
             "device": device,
             "wall_s": self.commands.elapsed_s,
             "seconds": {name: done.seconds for name, done in finished.items()},
             "peak_bytes": self.commands.peak_bytes,
+            "total_peak_bytes": self.commands.total_peak_bytes,
         }
 
 
@@ -302,42 +326,23 @@ def _mean_elsewhere(losses: dict[str, float], site: str) -> float:
     return sum(loss for name, loss in losses.items() if name != site) / (len(losses) - 1)
 
 
-def start_over_after_a_change(out: Path) -> bool:
-    """Remove what other code made, so that every figure of a report is of one piece of code.
-
-    Downloads, data and the base model stay: `fetch.py` checks those by itself.
-    """
-    root = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for room in ("federation", "client", "distill", "edge", "examples"):
-        for path in sorted((root / room).rglob("*.py")):
-            digest.update(path.read_bytes())
-    mark = out / "code.sha256"
-    if mark.is_file() and mark.read_text() == digest.hexdigest():
-        return False
-    for name in MADE:
-        for path in out.glob(name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_atomically(mark, digest.hexdigest())
-    return True
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Everything goes below this directory.")] = Path("demo"),
 ) -> None:
     """Run the whole line: four institutions, one model, one device."""
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    console.print(
-        "Each command below is one that you can type too, after: source .venv/bin/activate"
-    )
-    demo = Demo(out, console)
-    summary = demo.run()
-    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    rounds = summarise(out / "run" / "events.jsonl")
-    write_report(out / "report.html", summary, rounds, demo.student_report()["curve"])
-    print_table(summary, Console())
-    console.print(f"\n{out / 'summary.json'}   {out / 'report.html'}")
+    with working_in(out, console, max(SITES, key=len)):
+        console.print(
+            "Each command below is one that you can type too, after: source .venv/bin/activate"
+        )
+        demo = Demo(out, console)
+        summary = demo.run()
+        write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        rounds = summarise(out / "run" / "events.jsonl")
+        write_report(out / "report.html", summary, rounds, demo.student_report()["curve"])
+        print_table(summary, Console())
+        console.print(f"\n{out / 'summary.json'}   {out / 'report.html'}")
 
 
 if __name__ == "__main__":

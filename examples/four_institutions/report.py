@@ -43,6 +43,10 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         "",
     )
     table.add_section()
+    table.add_row("what left by its ledger", "rounds", "MB", "allowed", "refused", style="bold")
+    for site, row in summary["daemons"].items():
+        table.add_row(*_daemon_row(site, row))
+    table.add_section()
     table.add_row("build", "MB", "KL to student", "first token ms", "tokens/s", style="bold")
     for build in summary["builds"]:
         table.add_row(*_build_row(build))
@@ -53,11 +57,18 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{summary['wall_s']:.0f} s in all, peak memory of a process "
-        f"{summary['peak_bytes'] / 1e9:.2f} GB"
+        f"{summary['peak_bytes'] / 1e9:.2f} GB, of all together at most "
+        f"{summary['total_peak_bytes'] / 1e9:.2f} GB"
     )
 
 
 _KINDS = ("base", "local", "federated", "pooled")
+
+
+def _daemon_row(site: str, row: dict[str, Any]) -> tuple[str, ...]:
+    allowed = row["verdicts"].get("allowed", 0)
+    refused = sum(row["verdicts"].values()) - allowed
+    return site, str(row["rounds"]), f"{row['bytes'] / 1e6:.1f}", str(allowed), str(refused)
 
 
 def _build_row(build: dict[str, Any]) -> tuple[str, ...]:
@@ -122,6 +133,16 @@ def write_report(
         ),
         "<h2>Loss of each site, round by round</h2>",
         _curves(list(curves.values()), list(curves), "round", "training loss (nats)"),
+        "<h2>What left each institution</h2>",
+        (
+            "<p>By its own ledger, every row of which was checked, and the verdicts of its own "
+            "policy. Beside the updates: "
+            f"{html.escape(', '.join(next(iter(summary['daemons'].values()))['metrics']))}.</p>"
+        ),
+        _table(
+            ("site", "rounds", "MB", "allowed", "refused"),
+            [_daemon_row(site, row) for site, row in summary["daemons"].items()],
+        ),
         "<h2>Distillation</h2>",
         (
             f"<p>{student['params'] / 1e6:.1f} M parameters. Held-out perplexity: teacher "

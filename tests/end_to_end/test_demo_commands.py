@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -35,6 +36,13 @@ def test_a_finished_command_is_not_run_again(commands: Commands, tmp_path: Path)
     assert again.elapsed_s == first.elapsed_s
 
 
+def test_a_finished_stage_is_not_done_again(commands: Commands) -> None:
+    first = commands.perform("a", ["a", "stage"], lambda: {"word": "a"})
+    again = Commands(commands.record, Console(quiet=True))
+    assert again.perform("a", ["a", "stage"], lambda: {"word": "b"}) == first
+    assert again.perform("a", ["another"], lambda: {"word": "b"}).output == {"word": "b"}
+
+
 def test_another_command_of_that_name_is_run(commands: Commands, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     commands.run("a", append(trace, "a"))
@@ -42,15 +50,15 @@ def test_another_command_of_that_name_is_run(commands: Commands, tmp_path: Path)
     assert trace.read_text() == "ab"
 
 
-def test_a_failed_command_and_a_failed_check_are_not_remembered(commands: Commands) -> None:
+def test_a_failed_command_and_a_failed_stage_are_not_remembered(commands: Commands) -> None:
     with pytest.raises(CommandError, match="exit code 3 of: python -c"):
         commands.run("a", python("raise SystemExit(3)"))
 
-    def check() -> None:
+    def action() -> dict[str, Any]:
         raise CommandError("not finished")
 
     with pytest.raises(CommandError, match="not finished"):
-        commands.run("b", python("pass"), check=check)
+        commands.perform("b", ["a", "stage"], action)
     assert not Commands(commands.record, Console(quiet=True)).finished
 
 
@@ -93,4 +101,10 @@ def test_memory_of_a_command_is_measured(commands: Commands) -> None:
     ballast = b"x" * 500_000_000  # a fork of this process must not be taken for the command
     code = "import time; block = bytearray(200_000_000); time.sleep(0.5)"
     assert 200e6 < commands.run("a", python(code)).peak_bytes < 400e6
+    two = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {code!r}]); "
+        "block = bytearray(200_000_000); child.wait()"
+    )
+    done = commands.run("b", python(two))
+    assert done.peak_bytes < 400e6 < done.total_peak_bytes < 800e6
     assert len(ballast) == 500_000_000

@@ -1,10 +1,12 @@
-"""A real deployment: SuperLink, SuperExec, nginx and SuperNodes over TLS, a tiny model."""
+"""A real deployment: SuperLink, SuperExec, nginx, stock SuperNodes and daemons over TLS, tiny."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,13 +199,26 @@ def test_a_killed_serverapp_ends_the_run_as_failed_and_another_goes_on_with_it(
     assert summarise(events)["rounds_done"] == 3
 
 
-def test_sigterm_ends_everything_that_the_example_started(inputs: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE / "run.py"), "--out", str(tmp_path / "out"), "--json"]
-    command += ["--base-model", str(inputs / "base"), "--set", TINY]
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory with a path that is short enough for a site's socket below it."""
+    directory = Path(tempfile.mkdtemp(prefix="fedge-"))
+    yield directory
+    shutil.rmtree(directory)
+
+
+def example(inputs: Path, out: Path, *words: str) -> list[str]:
+    """Return the command of the example, with a tiny model and two sites."""
+    command = [sys.executable, str(EXAMPLE / "run.py"), "--out", str(out), "--json"]
+    command += ["--base-model", str(inputs / "base"), "--set", TINY, *words]
     for name in ("bank", "clinic"):
         command += ["--data", f"{name}={inputs / name}.jsonl"]
+    return command
+
+
+def test_sigterm_ends_everything_that_the_example_started(inputs: Path, short_path: Path) -> None:
     process = subprocess.Popen(
-        command,
+        example(inputs, short_path / "out"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -216,7 +231,7 @@ def test_sigterm_ends_everything_that_the_example_started(inputs: Path, tmp_path
             break
     for child in psutil.Process(process.pid).children(recursive=True):
         seen[child.pid] = child
-    assert len(seen) >= 7  # SuperLink, SuperExec, nginx and its worker, two SuperNodes, flwr run
+    assert len(seen) >= 7  # SuperLink, SuperExec, nginx and its worker, two daemons, flwr log
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -225,13 +240,10 @@ def test_sigterm_ends_everything_that_the_example_started(inputs: Path, tmp_path
     assert not alive
 
 
-def test_the_example_prints_one_json_object(inputs: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE / "run.py"), "--out", str(tmp_path / "out"), "--json"]
-    command += ["--base-model", str(inputs / "base"), "--set", TINY, "--rounds", "1"]
-    for name in ("bank", "clinic"):
-        command += ["--data", f"{name}={inputs / name}.jsonl"]
+@pytest.mark.parametrize("node", ["resident", "supernode"])
+def test_the_example_prints_one_json_object(inputs: Path, short_path: Path, node: str) -> None:
     done = subprocess.run(
-        command,
+        example(inputs, short_path / "out", "--rounds", "1", "--node", node),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -243,3 +255,6 @@ def test_the_example_prints_one_json_object(inputs: Path, tmp_path: Path) -> Non
     assert read_adapter(Path(result["adapter"])).rank == 4
     assert result["port"]["POST /v1/control/start-run"] == 403
     assert result["port"]["POST /v1/fleet/pull-messages"] == 401
+    for site in result["left"].values():
+        assert (site["rounds"], site["verdicts"]) == (1, {"allowed": 1})
+    assert sum(site["bytes"] for site in result["left"].values()) == result["bytes_up"]

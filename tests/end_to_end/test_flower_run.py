@@ -5,20 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from federation.adapter import read_adapter
 from federation.status import summarise
 from tests.conftest import write_records, write_tiny_model
+from tests.simulation import simulation
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "four_institutions"))
 
 
 @pytest.mark.slow
 def test_a_simulated_federation_through_a_real_superlink(tmp_path: Path) -> None:
-    from commands import environment
-    from superlink import superlink
+    from processes import environment
 
     base = write_tiny_model(tmp_path / "base")
     for name in ("bank", "clinic"):
@@ -29,7 +27,7 @@ def test_a_simulated_federation_through_a_real_superlink(tmp_path: Path) -> None
         "training.max_tokens=64"
     )
     home = tmp_path / "flower"
-    with superlink(home, Console(stderr=True)):
+    with simulation(home):
         subprocess.run(
             [Path(sys.executable).parent / "flwr", "run", str(ROOT), "--stream",
              "--federation-config", "num-supernodes=2 client-resources-num-cpus=1", "-c", config],
