@@ -86,11 +86,17 @@ def read_request(record: Mapping[str, Any]) -> RoundRequest:
 
 
 def answer_round(
-    message: Path, site: Site, settings: TrainingSettings, request: RoundRequest, *, scratch: Path
+    message: Path,
+    site: Site,
+    settings: TrainingSettings,
+    request: RoundRequest,
+    *,
+    scratch: Path,
+    key: bytes | None = None,
 ) -> Answer:
     """Train the adapter of a message on the site's records: `open_received`, `answer_received`."""
     received = open_received(message, site, request)
-    return answer_received(received, site, settings, request, scratch=scratch)
+    return answer_received(received, site, settings, request, scratch=scratch, key=key)
 
 
 def answer_received(
@@ -100,6 +106,7 @@ def answer_received(
     request: RoundRequest,
     *,
     scratch: Path,
+    key: bytes | None = None,
 ) -> Answer:
     """Train an adapter that was received on the site's records.
 
@@ -111,6 +118,7 @@ def answer_received(
         settings: Of the training.
         request: What else the round asks.
         scratch: Directory for files that may go when this returns.
+        key: See `client.privacy.train_privately`; for tests.
 
     Raises:
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
@@ -125,7 +133,7 @@ def answer_received(
     train_only(model, request.trains)
     examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens)
     steps = train_records(
-        model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1
+        model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1, key=key
     ).steps
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
     update = _encode_reply(trained, received, site, request, scratch)

@@ -27,6 +27,8 @@ from client.trainer_link import LinkError, read_object
 from federation.settings import load_settings
 from federation.wire import Update
 
+KeyOf = Callable[[RoundRequest], bytes]
+"""The key of a round's random numbers: `client.randomness.RandomStream`."""
 _NOT_ASKED = ("bundle", "signature")
 """Keys of a head that say who asks, not what: the same question may come another way."""
 
@@ -94,17 +96,23 @@ class Gate(Protocol):
 class Trainer:
     """One site's model, data and state, behind its policy and its ledger."""
 
-    def __init__(self, site: Site, gate: Gate, say: Callable[..., None]) -> None:
+    def __init__(
+        self, site: Site, gate: Gate, say: Callable[..., None], *, key_of: KeyOf | None = None
+    ) -> None:
         """Nothing is loaded before the first question that is allowed.
 
         Args:
             site: Whose model, data and state.
             gate: Its policy and its ledger.
             say: Called with the name of an event and its values, for the log.
+            key_of: Makes the noise of a round the same every time, so that a test can compare two
+                runs. Whoever knows the key knows the noise: no setting leads here, and a site
+                leaves it None, for noise from the operating system.
         """
         self._site = site
         self._gate = gate
         self._say = say
+        self._key_of = key_of
 
     def answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
         """Return the answer to a question; whatever goes wrong is an answer too.
@@ -135,7 +143,10 @@ class Trainer:
         self._gate.allow(replace(question, is_repeated=not is_new))
         if kept is None:
             started = time.perf_counter()
-            answer = answer_received(received, self._site, settings, request, scratch=scratch)
+            key = self._key_of(request) if self._key_of else None
+            answer = answer_received(
+                received, self._site, settings, request, scratch=scratch, key=key
+            )
             kept = answers.keep(
                 request.server_round,
                 question=question.digest,

@@ -15,11 +15,11 @@ import pytest
 from client import child as child_module
 from client.child import Child, ChildError
 from client.claim import claim
-from client.daemon import supernode_command
 from client.health import Health, Status, health_endpoint, read_status
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
 from client.status import describe, site_status
+from client.supernode import PASSED_ON, refuse_shared_user, supernode_command, supernode_environment
 from federation.errors import UserError
 from federation.settings import SettingsError
 
@@ -74,8 +74,9 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_defaults(
         ({"rank": 0}, "setting 'rank' is 0"),
         ({"health": "0.0.0.0:80"}, "setting 'health' is '0.0.0.0:80'"),
         ({"health": "127.0.0.1:70000"}, "expected a port up to 65535"),
-        ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: base_model, data,"),
+        ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: allow_same_user,"),
         ({"state": "s" * 101}, "choose a shorter state or trainer"),
+        ({"node": "supernode"}, "would run as the trainer's user, who reads this site's records"),
     ],
 )
 def test_a_setting_out_of_range_is_one_sentence(
@@ -88,11 +89,36 @@ def test_a_setting_out_of_range_is_one_sentence(
 
 
 def test_the_stock_supernode_gets_the_socket_and_nothing_of_the_site(tmp_path: Path) -> None:
-    settings = load_site(write_site(tmp_path, name='the "bank"', node="supernode"))
+    settings = load_site(
+        write_site(tmp_path, name='the "bank"', node="supernode", trainer="socket")
+    )
     command = supernode_command(settings, 9100)
     assert command[-2:] == ["--node-config", f'trainer="{settings.socket}" name="the bank"']
     assert str(settings.data) not in " ".join(command)
     assert command[command.index("--superlink") + 1] == "flower.example:443"
+
+
+def test_the_stock_supernode_gets_no_variable_that_may_be_a_secret(tmp_path: Path) -> None:
+    own = {name: "x" for name in PASSED_ON if name != "FLWR_HOME"}
+    secret = {"HF_TOKEN": "t", "HTTPS_PROXY": "http://user:password@proxy", "LD_PRELOAD": "l.so"}
+    made = supernode_environment({**own, **secret, "PATH": "/bin"}, tmp_path / "node")
+    assert not secret.keys() & made.keys()
+    assert own.items() <= made.items()
+    assert made["FLWR_HOME"] == str(tmp_path / "node" / "flower")
+    assert made["PATH"].endswith(f"{os.pathsep}/bin")
+
+
+def test_code_of_a_run_beside_a_trainer_of_the_same_user_must_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "socket").touch()
+    apart = load_site(write_site(tmp_path, node="supernode", trainer="socket"))
+    who = "the daemon runs as root" if os.geteuid() == 0 else "runs as the same user as the daemon"
+    with pytest.raises(UserError, match=who):
+        refuse_shared_user(apart)
+    meant = load_site(write_site(tmp_path, node="supernode", allow_same_user=True))
+    refuse_shared_user(meant)
+    done = run_client("daemon", "--config", str(write_site(tmp_path, node="supernode")))
+    assert done.returncode == 2
+    assert 'node is "supernode" and trainer "child"' in done.stderr
 
 
 # One process a directory
