@@ -6,8 +6,9 @@ and at a site without a trainer, it trains here: what a site does with a message
 `client.round`. Nothing heavy is imported at the top: a stock SuperNode starts a process for every
 message. Where Flower keeps the process (simulation), the model stays loaded between messages.
 
-What a reply may hold: the update, a count, a mean loss, seconds. Errors carry our own sentences,
-which never quote a record; of any other exception only the type leaves the site.
+What a reply may hold: the update and, of a count, a mean loss and seconds, those that the run asks
+for. Errors carry our own sentences, which never quote a record; of any other exception only the
+type leaves the site.
 """
 
 import os
@@ -82,11 +83,12 @@ def _train(message: Message, site: Site) -> Message:
         path = Path(scratch) / "adapter"
         path.write_bytes(message.content[ADAPTER][ADAPTER].numpy().tobytes())
         answer = answer_round(path, site, settings, request, scratch=Path(scratch))
-    metrics = {
+    measured = {
         "num-examples": answer.num_examples,
         "train_loss": answer.train_loss,
         "seconds": time.perf_counter() - started,
     }
+    metrics = {name: value for name, value in measured.items() if name in request.metrics}
     return _reply(message, answer.update, metrics, site.name)
 
 

@@ -25,13 +25,13 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from client.settings import TrainingSettings
 from federation.errors import UserError
 from federation.header import DIGEST_BYTES, MAX_ALPHA, MAX_RANK, message_bytes, payload_bytes
+from federation.metrics import METRICS
 from federation.run_signature import canonical_json, run_description
 from federation.settings import AGGREGATIONS, Dtype, Settings
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_ROUNDS = 1_000_000
 MAX_COHORT = 10_000
-DEFAULT_METRICS = ("num-examples", "train_loss", "seconds")
 _MAX_DEPTH = 4
 """A request is an object of tables and lists of names: nothing in it is deeper."""
 _LARGEST_INT = 2**63 - 1
@@ -109,7 +109,7 @@ class SiteRequest(StrictSettings):
     """What the server makes of the updates, by its own word."""
     training: dict[str, Any]
     """As it was sent: what a signature covers. Read ``training_settings``."""
-    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, max_length=64)] = DEFAULT_METRICS
+    metrics: Annotated[tuple[MetricName, ...], Field(strict=False, max_length=64)] = METRICS
     """What the run wants back beside the update."""
     num_rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 0
     """Rounds of the whole run. 0 = not said; a signed run must say it."""

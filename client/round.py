@@ -19,6 +19,7 @@ from client.site_state import SiteState
 from federation.adapter import Adapter, read_from_model, train_only, write_into_model
 from federation.base_model import ModelError, model_digest
 from federation.header import DTYPES, FACTORS, holds_changes
+from federation.metrics import METRICS
 from federation.wire import Update, WireError, encode, open_update, reference_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class RoundRequest:
     """Factors that learn; the others are frozen and not sent back."""
     run: str = ""
     """Random id of the run, in hex."""
+    metrics: tuple[str, ...] = METRICS
+    """Names of the numbers that are wanted beside the update."""
 
     @property
     def leaves_state(self) -> bool:
@@ -71,6 +74,7 @@ def read_request(record: Mapping[str, Any]) -> RoundRequest:
             for key in ("uplink", "downlink", "trains", "run")
             if key in record
         },
+        metrics=tuple(str(name) for name in record.get("metrics", METRICS)),
     )
     for key, value, known in (
         ("uplink", request.uplink, DTYPES),

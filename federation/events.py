@@ -76,10 +76,11 @@ class UpdateReceived:
     """What the site calls itself; empty when it does not say."""
     sha256: str
     num_bytes: int
-    num_examples: int
-    train_loss: float
+    num_examples: int | None
+    """None, as below: the run did not ask for it."""
+    train_loss: float | None
     """Mean over the round's steps, nats a token."""
-    seconds: float
+    seconds: float | None
     """That the site trained."""
     rounds_late: int = 0
     """By how many rounds the adapter that it trained is older than this round's."""
@@ -113,8 +114,8 @@ class RoundFinished:
 
     server_round: int
     num_updates: int
-    train_loss: float
-    """Mean over the sites, weighted by examples."""
+    train_loss: float | None
+    """Mean over the sites, weighted by examples; None where the run did not ask for it."""
     aggregation_error: float
     """Largest relative error over the modules: what the rank cut, or averaging factors, lost."""
     aggregation_seconds: float

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from federation import events
 from federation.errors import FedgeError
+from federation.metrics import check_metrics, without_unasked
 from federation.rebased import RebasedUpdate
 from federation.sites import Reply, Request, Sites
 from federation.traffic import num_asked
@@ -30,10 +31,6 @@ from federation.wire import Update, WireError, open_update
 if TYPE_CHECKING:
     from federation.settings import FederationSettings
 
-MAX_EXAMPLES = 1_000_000_000
-"""A count beyond it is a mistake or an attack: it would own the average."""
-MAX_REPORTED = 1e9
-"""No mean loss and no seconds of training lie beyond it; a weighted sum of such stays finite."""
 _HEADER_SLACK = 1 << 12
 """By how much the header of an update may be longer than the adapter's that was sent."""
 LIFETIME = 2
@@ -68,7 +65,7 @@ class Received:
     sha256: str
     """Of the message as it came."""
     reply: Reply
-    """Without its bytes."""
+    """Without its bytes, and without the numbers that the run did not ask for."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +198,7 @@ class Exchange:
             aggregation=settings.aggregation,
             num_rounds=settings.num_rounds,
             cohort=settings.quorum,
+            metrics=settings.asked_metrics,
             simulation={
                 "base_model": settings.base_model,
                 "simulated_sites": settings.simulated_sites,
@@ -291,7 +289,8 @@ class Exchange:
 
     def _keep(self, attempt: _Attempt, reply: Reply, update: Readable, sha256: str) -> None:
         # The bytes are on disk: only the digest and the numbers stay in memory.
-        attempt.received[reply.site] = Received(update, sha256, replace(reply, update=None))
+        reply = replace(without_unasked(reply, self._settings.asked_metrics), update=None)
+        attempt.received[reply.site] = Received(update, sha256, reply)
         self._log.write(
             events.UpdateReceived(
                 server_round=attempt.server_round,
@@ -318,11 +317,7 @@ class Exchange:
         """
         if reply.update is None:
             raise WireError(reply.error or "the site sent neither an update nor an error")
-        if not 1 <= reply.num_examples <= MAX_EXAMPLES:
-            raise WireError(f"num_examples is {reply.num_examples}: expected 1 to {MAX_EXAMPLES}")
-        # The comparisons are False for NaN.
-        if not (abs(reply.train_loss) <= MAX_REPORTED and abs(reply.seconds) <= MAX_REPORTED):
-            raise WireError(f"train_loss or seconds is not a number up to {MAX_REPORTED:g}")
+        check_metrics(reply, self._settings.asked_metrics)
         if len(reply.update) > served.num_bytes + _HEADER_SLACK:
             raise WireError(
                 f"the update has {len(reply.update)} bytes, the whole adapter that was sent "

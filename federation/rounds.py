@@ -31,6 +31,7 @@ from federation.errors import FedgeError
 from federation.exchange import Exchange, Outgoing, Received, RoundError
 from federation.header import LARGEST, holds_changes
 from federation.lineage import write_lineage
+from federation.metrics import mean_of, weight_of
 from federation.run_directory import RunDirectory
 from federation.settings import SettingsError
 from federation.wire import Update, open_update, write_message
@@ -142,9 +143,8 @@ def _round(run: _Run, server_round: int) -> None:
     fold_started = run.clock()
     folded = _fold(run, server_round, outgoing, received)
     fold_seconds = run.clock() - fold_started
-    weights = [item.reply.num_examples for item in received]
-    losses = [item.reply.train_loss for item in received]
-    loss = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    replies = [item.reply for item in received]
+    loss = mean_of([r.train_loss for r in replies], [r.num_examples for r in replies])
     _describe(run, server_round, folded, received, loss)
     path = run.directory.commit(server_round, folded.building)
     run.log.write(
@@ -250,7 +250,7 @@ def _fold(
     states = run.directory.states()
     aggregation = aggregate(
         [item.update for item in received],
-        [item.reply.num_examples for item in received],
+        [weight_of(item.reply) for item in received],
         run.rule,
         origin=outgoing.served,
         trains=run.trains(server_round),
@@ -334,7 +334,7 @@ def _norm(factors: LowRank) -> float:
 
 
 def _describe(
-    run: _Run, server_round: int, folded: _Folded, received: Sequence[Received], loss: float
+    run: _Run, server_round: int, folded: _Folded, received: Sequence[Received], loss: float | None
 ) -> None:
     """Write the round's lineage: base model, previous round, and the digest of every update."""
     ancestors = {"base_model": Path(run.settings.base_model)}
@@ -354,11 +354,13 @@ def _describe(
             "rank": aggregation.rank,
             "alpha": aggregation.alpha,
             "base_model_digest": run.directory.base_model,
+            "metrics": list(run.settings.asked_metrics),
             "num_examples": {_label(item.reply): item.reply.num_examples for item in by_site},
             "shares": shares,
             "training": dict(run.settings.training),
         },
-        metrics={"train_loss": loss, "aggregation_error": folded.error},
+        metrics={"aggregation_error": folded.error}
+        | ({} if loss is None else {"train_loss": loss}),
     )
 
 

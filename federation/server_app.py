@@ -56,9 +56,10 @@ def _say(event: Event) -> None:
     """Print what `flwr run --stream` should show while a run is under way."""
     match event:
         case RoundFinished():
+            loss = "–" if event.train_loss is None else f"{event.train_loss:.4f}"
             line = (
                 f"round {event.server_round}: {event.num_updates} updates, train loss "
-                f"{event.train_loss:.4f}, {event.seconds:.1f} s"
+                f"{loss}, {event.seconds:.1f} s"
             )
         case RunResumed():
             line = f"resumed at round {event.server_round}, with the settings of its run.json"
@@ -118,6 +119,7 @@ class GridSites:
                     "aggregation": request.aggregation,
                     "num_rounds": request.num_rounds,
                     "cohort": request.cohort,
+                    "metrics": list(request.metrics),
                 }
             ),
         }
@@ -250,9 +252,9 @@ def _to_reply(site: str, server_round: int, message: Message) -> Reply:
             site,
             server_round,
             update=bytes_of(message.content[ADAPTER][ADAPTER]),
-            num_examples=int(result["num-examples"]),
-            train_loss=float(result["train_loss"]),
-            seconds=float(result["seconds"]),
+            num_examples=int(result["num-examples"]) if "num-examples" in result else None,
+            train_loss=float(result["train_loss"]) if "train_loss" in result else None,
+            seconds=float(result["seconds"]) if "seconds" in result else None,
             name=_printable(str(message.content[SITE]["name"]), 64),
         )
     except Exception as error:  # whatever one site sends must not end the run of the others

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federation.errors import UserError
+from federation.metrics import METRICS, metric_names
 
 
 class SettingsError(UserError):
@@ -126,6 +127,10 @@ class FederationSettings(Settings):
     tail_rank: Annotated[int, Field(ge=0, le=1024)] = 32
     """products only: largest rank of what the cut to ``adapter.rank`` loses and the next round gets
     back; beyond it, it is lost."""
+    metrics: str = ",".join(METRICS)
+    """Numbers that the sites are asked for beside their updates, with commas between the names;
+    empty = none. A site refuses a round that asks for one that its policy does not let out.
+    Without num-examples every site weighs the same; without train_loss no loss is shown."""
     seed: Annotated[int, Field(ge=0)] = 0
     adapter: AdapterSettings = AdapterSettings()
     wire: WireSettings = WireSettings()
@@ -140,6 +145,16 @@ class FederationSettings(Settings):
             if not getattr(self, name) and not self.resume:
                 raise ValueError(f"{name} is empty: pass it with -c '{name}=\"DIRECTORY\"'")
         return self
+
+    @model_validator(mode="after")
+    def _metrics_are_known(self) -> Self:
+        metric_names(self.metrics)
+        return self
+
+    @property
+    def asked_metrics(self) -> tuple[str, ...]:
+        """The names in ``metrics``."""
+        return metric_names(self.metrics)
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from federation.metrics import METRICS
+
 
 @dataclass(frozen=True)
 class Request:
@@ -32,6 +34,8 @@ class Request:
     """Of the whole run; 0 = not said."""
     cohort: int = 0
     """Fewest updates in the average: the quorum; 0 = not said."""
+    metrics: tuple[str, ...] = METRICS
+    """Names of the numbers that are wanted beside the update."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
@@ -49,9 +53,10 @@ class Reply:
     """The error is that the site does not hold the adapter that a change stands on."""
     name: str = ""
     """What the site calls itself, for people; ``site`` is who it is."""
-    num_examples: int = 0
-    train_loss: float = 0.0
-    seconds: float = 0.0
+    num_examples: int | None = None
+    """None, as below: the site does not say it."""
+    train_loss: float | None = None
+    seconds: float | None = None
 
 
 class Sites(Protocol):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from federation import events
+from federation.metrics import mean_of
 
 
 @dataclass
@@ -252,9 +253,9 @@ def _row_without_event(run: _Run, server_round: int) -> dict[str, Any]:
     """Return a finished round's row without its RoundFinished: what the updates say of it."""
     # A site's late update does not count beside its own of this round, as in the exchange.
     by_site = {u.site: u for u in run.round(server_round).updates.values()}.values()
-    num_examples = sum(update.num_examples for update in by_site)
+    losses, num_examples = [u.train_loss for u in by_site], [u.num_examples for u in by_site]
     return _row(run, server_round) | {
         "num_updates": len(by_site),
-        "train_loss": sum(u.num_examples * u.train_loss for u in by_site) / num_examples,
+        "train_loss": mean_of(losses, num_examples),
         "adapter": f"round-{server_round:04d}",
     }

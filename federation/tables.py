@@ -148,7 +148,7 @@ def _round_table(summary: dict[str, Any]) -> Table:
             str(row["num_late"]),
             f"{row['bytes_down'] / _MB:.1f}",
             f"{row['bytes_up'] / _MB:.1f}",
-            f"{row['train_loss']:.4f}" if "train_loss" in row else "",
+            _loss(row["train_loss"]) if "train_loss" in row else "",
             f"{row['aggregation_error']:.2%}" if "aggregation_error" in row else "",
             f"{row['seconds']:.1f}" if "seconds" in row else seconds,
         )
@@ -171,9 +171,13 @@ def _site_table(summary: dict[str, Any]) -> Table:
             str(row["num_late"]),
             f"{row['bytes_down'] / _MB:.1f}",
             f"{row['bytes_up'] / _MB:.1f}",
-            "" if row["last_loss"] is None else f"{row['last_loss']:.4f}",
+            _loss(row["last_loss"]) if row["num_updates"] else "",
         )
     return table
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.4f}"
 
 
 def _parts(named_bytes: dict[str, int]) -> str:

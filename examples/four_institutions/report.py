@@ -84,7 +84,9 @@ def write_report(
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in run["rounds"]:
         for site in row["sites"]:
-            curves.setdefault(site["name"], []).append((row["server_round"], site["train_loss"]))
+            if site["train_loss"] is not None:
+                point = (row["server_round"], site["train_loss"])
+                curves.setdefault(site["name"], []).append(point)
     student = summary["student"]
     sections = [
         "<h1>Four institutions, one model, one device</h1>",

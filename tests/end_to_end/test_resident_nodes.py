@@ -159,6 +159,7 @@ class InProcess:
                     update=answer.update,
                     num_examples=answer.num_examples,
                     train_loss=answer.train_loss,
+                    seconds=0.0,
                 )
             )
 
