@@ -36,7 +36,6 @@ from client.trainer_link import (
     ask,
     request_head,
 )
-from federation.errors import UserError
 
 if TYPE_CHECKING:
     from client.fleet import Asked, FleetNode
@@ -60,6 +59,8 @@ class _Life:
     children: list[Child] = field(default_factory=list)
     drained_at: float = float("inf")
     """Time of `time.monotonic` after which nothing is waited for."""
+    is_closed_said: bool = False
+    """Whether the log says that the socket's directory may not be entered."""
 
     def leave(self, *_: object) -> None:
         """Begin to leave; for signals."""
@@ -161,11 +162,11 @@ def _keep_up(life: _Life, trainer: Child | None) -> None:
         trainer.keep_up()
     try:
         is_there = life.settings.socket.exists()
-    except PermissionError:
-        raise UserError(
-            f"the daemon's user may not enter {life.settings.socket.parent}, where the trainer "
-            "listens: set socket_group to a group of this user"
-        ) from None
+    except PermissionError:  # for good if socket_group is wrong; or the trainer is not ready yet
+        is_there = False
+        if not life.is_closed_said:
+            life.is_closed_said = True
+            life.log.say("trainer_closed", setting="socket_group")
     is_up = is_there and (trainer is None or trainer.is_running)
     restarts = sum(child.restarts for child in life.children)
     life.health.update(is_trainer_up=is_up, restarts=restarts)
@@ -229,6 +230,7 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
         raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
     head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
     before = trainer.restarts if trainer else 0
+    said = -1
 
     def is_wanted() -> bool:
         return life.is_patient() and time.time() < asked.expires_at
@@ -242,7 +244,9 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
             answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
         except TrainerLostError:
             lost = (trainer.restarts if trainer else 0) - before
-            life.log.say("trainer_lost", lost=lost)
+            if lost != said:  # not every time that a trainer is asked which is not up yet
+                said = lost
+                life.log.say("trainer_lost", lost=lost)
             if lost >= MAX_LOST:
                 raise LinkError(f"the trainer ended {lost} times while it answered") from None
             time.sleep(0.1)

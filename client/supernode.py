@@ -88,15 +88,15 @@ def refuse_shared_user(settings: SiteSettings) -> None:
         raise UserError(
             f'node is "supernode" and the trainer runs as the same user as the daemon: {way_out}'
         )
-    for name, path, mode, verb in (
-        ("data", settings.data, os.R_OK, "read"),
-        ("state", settings.state, os.X_OK, "enter"),
-        ("policy", settings.policy, os.W_OK, "change"),
-        ("policy", settings.policy.parent, os.W_OK, "replace"),
+    for what, path, mode in (
+        (f"read data ({settings.data.name})", settings.data, os.R_OK),
+        (f"enter state ({settings.state.name})", settings.state, os.X_OK),
+        (f"change policy ({settings.policy.name})", settings.policy, os.W_OK),
+        (f"replace policy ({settings.policy.name})", settings.policy.parent, os.W_OK),
     ):
         if os.access(path, mode):
             raise UserError(
-                f'node is "supernode" and the daemon\'s user may {verb} {name} ({path.name}), and '
+                f'node is "supernode" and the daemon\'s user may {what}, and '
                 "so may the code that a run brings: take that right away (chmod, chown), or set "
                 "allow_same_user = true if that is meant"
             )

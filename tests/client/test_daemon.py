@@ -19,7 +19,6 @@ from client.health import Health, Status, health_endpoint, read_status
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
 from client.status import describe, site_status
-from client.supernode import PASSED_ON, refuse_shared_user, supernode_command, supernode_environment
 from federation.errors import UserError
 from federation.settings import SettingsError
 
@@ -86,39 +85,6 @@ def test_a_setting_out_of_range_is_one_sentence(
         load_site(write_site(tmp_path, **change))
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("site.toml: ")
-
-
-def test_the_stock_supernode_gets_the_socket_and_nothing_of_the_site(tmp_path: Path) -> None:
-    settings = load_site(
-        write_site(tmp_path, name='the "bank"', node="supernode", trainer="socket")
-    )
-    command = supernode_command(settings, 9100)
-    assert command[-2:] == ["--node-config", f'trainer="{settings.socket}" name="the bank"']
-    assert str(settings.data) not in " ".join(command)
-    assert command[command.index("--superlink") + 1] == "flower.example:443"
-
-
-def test_the_stock_supernode_gets_no_variable_that_may_be_a_secret(tmp_path: Path) -> None:
-    own = {name: "x" for name in PASSED_ON if name != "FLWR_HOME"}
-    secret = {"HF_TOKEN": "t", "HTTPS_PROXY": "http://user:password@proxy", "LD_PRELOAD": "l.so"}
-    made = supernode_environment({**own, **secret, "PATH": "/bin"}, tmp_path / "node")
-    assert not secret.keys() & made.keys()
-    assert own.items() <= made.items()
-    assert made["FLWR_HOME"] == str(tmp_path / "node" / "flower")
-    assert made["PATH"].endswith(f"{os.pathsep}/bin")
-
-
-def test_code_of_a_run_beside_a_trainer_of_the_same_user_must_be_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "socket").touch()
-    apart = load_site(write_site(tmp_path, node="supernode", trainer="socket"))
-    who = "the daemon runs as root" if os.geteuid() == 0 else "runs as the same user as the daemon"
-    with pytest.raises(UserError, match=who):
-        refuse_shared_user(apart)
-    meant = load_site(write_site(tmp_path, node="supernode", allow_same_user=True))
-    refuse_shared_user(meant)
-    done = run_client("daemon", "--config", str(write_site(tmp_path, node="supernode")))
-    assert done.returncode == 2
-    assert 'node is "supernode" and trainer "child"' in done.stderr
 
 
 # One process a directory

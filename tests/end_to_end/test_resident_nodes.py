@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,8 @@ class InProcess:
     sites: dict[str, ClientSite]
     scratch: Path
     replies: list[Reply] = field(default_factory=list)
+    key_of: Callable[[str], Callable[[RoundRequest], bytes]] | None = None
+    """Key of a private round's random numbers, by site and round."""
 
     def wait_for(self, count: int, timeout_s: float) -> list[str]:
         return sorted(self.sites)
@@ -139,18 +141,20 @@ class InProcess:
         for name in sites:
             scratch = Path(tempfile.mkdtemp(dir=self.scratch))
             message = shutil.copy(request.message, scratch / "message")
+            asked = RoundRequest(
+                request.server_round,
+                request.uplink,
+                request.downlink,
+                request.trains,
+                request.run,
+            )
             answer = answer_round(
                 Path(message),
                 self.sites[name],
                 load_settings(TrainingSettings, request.training, "training"),
-                RoundRequest(
-                    request.server_round,
-                    request.uplink,
-                    request.downlink,
-                    request.trains,
-                    request.run,
-                ),
+                asked,
                 scratch=scratch,
+                key=self.key_of(name)(asked) if self.key_of else None,
             )
             self.replies.append(
                 Reply(
