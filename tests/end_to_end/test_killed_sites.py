@@ -41,6 +41,8 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 NAMES = ("bank", "clinic")
 NUM_RECORDS, NUM_ROUNDS, DELTA = 30, 5, 1e-3
+KILLS = 5
+"""Of one kind of process and one site in a run: ten of a kind."""
 EVENT = PrivacyEvent(noise_multiplier=1.5, sampling_rate=8 / NUM_RECORDS, steps=4)
 """What each round spends of each site's records."""
 SETTINGS: dict[str, Any] = {
@@ -267,13 +269,20 @@ def check(run: Run, sites: list[Killed], oracle: Path) -> None:
         assert rows[-1].epsilon == pytest.approx(spent), "all rounds of all runs, each once"
 
 
+def check_kills(sites: list[Killed], kinds: tuple[str, ...]) -> None:
+    for kind in kinds:
+        rounds = [server_round for site in sites for done, server_round in site.kills]
+        assert sum(done == kind for site in sites for done, _ in site.kills) >= 10, kind
+        assert len(set(rounds)) >= 3, "they are spread over the run"
+
+
 def kill_in_every_round(
     run: Run, sites: list[Killed], kinds: tuple[str, ...], seed: int, longest_s: float
 ) -> None:
-    """Kill each kind once a round and site while that site works, at random moments.
+    """Kill each kind ``KILLS`` times a site while that site works, at random moments of all rounds.
 
     A moment begins with an event in the site's log, or with a new shim, and lasts ``longest_s``. A
-    kill that did not come to pass is made up for later.
+    kill that did not come to pass is made up for later: they may run a round ahead.
     """
     deadline = time.monotonic() + 900
     draw = random.Random(seed)  # noqa: S311 - which kill comes when is no secret
@@ -281,7 +290,8 @@ def kill_in_every_round(
         assert time.monotonic() < deadline, "the run does not end"
         now = run.server_round()
         for site in sites:
-            due = [kind for kind in kinds if sum(done == kind for done, _ in site.kills) < now]
+            done = [kind for kind, _ in site.kills]
+            due = [kind for kind in kinds if done.count(kind) < min(now + 1, KILLS)]
             if site.is_at_work() and due and draw.random() < 0.6:
                 time.sleep(draw.uniform(0, longest_s))
                 site.kill(draw.choice(due), now)
@@ -300,6 +310,7 @@ def test_trainers_and_daemons_of_resident_nodes_may_die_in_every_round(
         kill_in_every_round(run, sites, ("trainer", "daemon"), seed, 0.4)
         print("seed", seed, [site.kills for site in sites], round(time.monotonic() - begun), "s")
         check(run, sites, oracle)
+        check_kills(sites, ("trainer", "daemon"))
 
 
 @pytest.mark.parametrize(("kind", "longest_s"), [("shim", 3.0), ("supernode", 5.0)])
@@ -313,3 +324,4 @@ def test_the_shim_and_a_stock_supernode_may_die_in_every_round(
         kill_in_every_round(run, sites, (kind,), 1, longest_s)
         print([site.kills for site in sites], round(time.monotonic() - begun), "s")
         check(run, sites, oracle)
+        check_kills(sites, (kind,))
