@@ -221,7 +221,8 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     """
     path = settings.socket
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    mode = path.parent.stat().st_mode
+    directory = path.parent.stat()
+    mode = directory.st_mode
     if mode & 0o022 and not mode & stat.S_ISVTX:
         raise UserError(
             f"{path.parent} may be written by others, who could put their own socket in the place "
@@ -240,7 +241,7 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
         group = int(name) if name.isdecimal() else name
         try:
             shutil.chown(path, group=group)
-            if not mode & 0o077:  # ours alone: another one is as somebody made it
+            if directory.st_uid == os.geteuid() and not mode & 0o007:  # else not ours to close
                 shutil.chown(path.parent, group=group)
                 path.parent.chmod(0o710)
         except (LookupError, OSError) as error:

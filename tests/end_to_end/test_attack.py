@@ -186,9 +186,10 @@ class Attacked:
         return self.made.services.pid(f"{name}-{self.node}")
 
     def end(self) -> None:
-        self.made.services.end([f"daemon-{self.node}", f"trainer-{self.node}"])
-        if self.node == "resident":  # the next site's coming is told by the number of nodes
-            self.made.services.wait_until(lambda: self.made.num_online() == 0, "its leaving", 120)
+        for name in ("daemon", "trainer"):  # itself alone, as its service does
+            psutil.Process(self.pid(name)).terminate()
+            self.made.services.wait_for_end(f"{name}-{self.node}", 60)
+        self.made.services.wait_until(lambda: self.made.num_online() == 0, "its leaving", 120)
 
     def told(self) -> dict[str, Any]:
         """Return all that an insider could tell."""
