@@ -79,6 +79,9 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
+                # Ctrl-C is for the daemon, which ends its children: told twice, a SuperNode does
+                # not sign off.
+                process_group=0,
             )
             self._starts += 1
             self._started_at = now
