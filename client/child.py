@@ -6,6 +6,7 @@ anything is given up, with a sentence: a wrong path does not mend itself.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +110,7 @@ class Child:
         self._say("child_ended", child=self._name, code=code)
         if now - self._started_at >= self._patience_s:
             self.note_work()  # whatever ended it now, it can be started
-        if self._failing_since is None:
+        if self._failing_since is None or code == -signal.SIGKILL:  # killed: not its own failing
             self._failing_since = now
         if now - self._failing_since >= self._patience_s or code == 2:
             why = "it needs a change that only you can make" if code == 2 else "its log says why"

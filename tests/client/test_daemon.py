@@ -194,6 +194,18 @@ def test_two_ends_that_lie_far_apart_are_two_accidents(clock: Clock) -> None:
     assert child.restarts >= 4
 
 
+def test_a_program_that_somebody_kills_is_not_given_up(clock: Clock) -> None:
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    child = Child("SuperNode", command, patience_s=2, say=lambda *_, **__: None)
+    for _ in range(5):
+        clock.now += 20
+        child.keep_up()
+        ended(child)
+        clock.now += 1  # it ran for less than its patience
+        child.keep_up()
+    assert child.restarts >= 4
+
+
 def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
     command = [sys.executable, "-c", "raise SystemExit(2)"]
     child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
