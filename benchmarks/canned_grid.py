@@ -91,7 +91,7 @@ class CannedGrid:
     def _answer(self, message: Any) -> Any:
         from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-        from federation.server_app import ADAPTER, RESULT, SITE
+        from federation.grid_sites import ADAPTER, RESULT, SITE
 
         started = time.perf_counter()
         site = message.metadata.dst_node_id

@@ -50,7 +50,7 @@ OUR_CLIENT = """
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation.server_app import ADAPTER, RESULT, SITE
+from federation.grid_sites import ADAPTER, RESULT, SITE
 
 app = ClientApp()
 
@@ -109,7 +109,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.serverapp import ServerApp
 
-from federation.server_app import ADAPTER
+from federation.grid_sites import ADAPTER
 
 app = ServerApp()
 

@@ -42,8 +42,8 @@ def measure_server(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Run the rounds in this process."""
     floor = bytes_after_torch_import()
     from federation.events import RoundFinished, RoundStarted, read_events
+    from federation.grid_sites import GridSites
     from federation.rounds import run_rounds
-    from federation.server_app import GridSites
 
     flwr_import_bytes = resident_bytes() - floor
     grid = CannedGrid(scratch / "canned", num_examples(asked.sites))

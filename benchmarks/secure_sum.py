@@ -30,7 +30,8 @@ from client import secure_sum as site_half
 from client.secure_sum import Held, Membership
 from federation.header import payload_bytes
 from federation.secure_messages import Stage, Terms
-from federation.secure_sum import SecureSum, default_threshold
+from federation.secure_sum import SecureSum
+from federation.settings import default_threshold
 
 CLIP = 4e-3
 """Eight steps of AdamW at 5e-4."""

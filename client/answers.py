@@ -43,6 +43,8 @@ class Kept:
     num_bytes: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The numbers that leave with it."""
+    num_examples: int = 0
+    """Records behind it: what it weighs in a secure sum. Does not leave by itself."""
 
 
 class Answers:
@@ -106,13 +108,16 @@ class Answers:
         adapter: str,
         update: bytes,
         metrics: Mapping[str, float],
+        num_examples: int = 0,
     ) -> Kept:
-        """Put an answer on disk; it is there when this returns."""
+        """Put an answer on disk; it is there when this returns. Arguments: the fields of `Kept`."""
         # An update says something of the records behind it: it is for no other user of the machine.
         self._directory.mkdir(parents=True, exist_ok=True)
         self._directory.parent.chmod(0o700)
         digest = hashlib.sha256(update).hexdigest()
-        kept = Kept(server_round, question, adapter, digest, len(update), dict(metrics))
+        kept = Kept(
+            server_round, question, adapter, digest, len(update), dict(metrics), num_examples
+        )
         write_atomically(self.path(kept), update)
         # Its description last: without it the update is not there.
         write_atomically(

@@ -144,6 +144,24 @@ def trainer(
 
 
 @app.command()
+def identity(config: Config, as_json: Json = False) -> None:
+    """Print this site's identity in secure sums, for the other sites' policies; make it if none.
+
+    Tell it to the other sites yourself, not by way of the coordinator.
+    """
+    from client.identity import new_identity, public_identity, read_identity
+    from client.site_settings import load_site
+    from federation.settings import SettingsError
+
+    path = load_site(config).identity_key
+    if path is None:
+        raise SettingsError(f'{config.name} names no identity_key: add identity_key = "identity"')
+    key = read_identity(path) if path.exists() else new_identity(path)
+    public = public_identity(key)
+    print_result({"identity": public}, as_json, lambda: typer.echo(public))
+
+
+@app.command()
 def status(config: Config, as_json: Json = False) -> None:
     """Say how this site's daemon is: connected or not, its run and round, its last answer."""
     from client.site_settings import load_site

@@ -34,9 +34,9 @@ from client.reasons import code_and_reason
 from client.round import answer_round, read_request
 from client.settings import TrainingSettings
 from client.site import Site, find_site
-from client.trainer_link import ask_again, request_head
+from client.trainer_link import LinkError, ask_again, request_head
 from federation.errors import FedgeError
-from federation.server_app import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
+from federation.grid_sites import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
 
 app = ClientApp()
 
@@ -78,6 +78,11 @@ def _train(message: Message, site: Site) -> Message:
     settings = load_settings(
         TrainingSettings, dict(message.content[TRAINING]), "the run's training settings"
     )
+    if "stage" in message.content[ROUND]:
+        raise LinkError(
+            "the run asks for a secure sum, which only a site's trainer answers: start `client "
+            "daemon`, or name its socket with --node-config 'trainer=…'"
+        )
     request = read_request(message.content[ROUND])
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "adapter"

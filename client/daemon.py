@@ -44,6 +44,9 @@ TRAINER_PATIENCE_S = 120.0
 """How long a trainer may end again and again: longer than a machine takes to free its memory."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
+LINGER_S = 20.0
+"""How long after an answer the next message is looked for as often as while there is work: the
+rounds of a run follow each other as soon as its slowest site has answered."""
 GOODBYE_S = 10.0
 """How long a child may take to end once there is nothing in hand."""
 
@@ -141,20 +144,21 @@ def _serve(life: _Life, trainer: Child | None) -> None:
         say=say,
     )
     with contextlib.suppress(Stopped), node:
-        wait = settings.poll_s
+        wait, answered_at = settings.poll_s, float("-inf")
         while not life.stop.is_set():
             _keep_up(life, trainer)
             asked = node.receive()
             if asked is None:
                 life.stop.wait(wait)
-                wait = min(1.5 * wait, max(settings.poll_s, settings.idle_poll_s))
+                if time.monotonic() - answered_at > LINGER_S:
+                    wait = min(1.5 * wait, max(settings.poll_s, settings.idle_poll_s))
                 continue
-            wait = settings.poll_s
             try:
                 _answer(life, node, trainer, asked)
             except FleetError as error:
                 life.log.say("reply_lost", group=asked.group, reason=str(error))
                 node.give_up()
+            wait, answered_at = settings.poll_s, time.monotonic()
 
 
 def _keep_up(life: _Life, trainer: Child | None) -> None:
@@ -174,7 +178,7 @@ def _keep_up(life: _Life, trainer: Child | None) -> None:
 
 def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:
     """Answer the message in hand, or leave it in hand for the next life."""
-    from federation.server_app import ADAPTER, RESULT, SITE
+    from federation.grid_sites import ADAPTER, RESULT, SITE
 
     life.log.say("asked", kind=asked.kind, group=asked.group, bundle=asked.bundle[:16])
     life.health.update(run=str(asked.run_id), server_round=_number(asked.group), is_busy=True)
@@ -221,7 +225,7 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
     Raises:
         LinkError: The message is no question for a trainer.
     """
-    from federation.server_app import ADAPTER, ROUND, TRAINING
+    from federation.grid_sites import ADAPTER, ROUND, TRAINING
 
     if asked.kind != "train":
         raise LinkError(f"this site answers train messages, not {asked.kind[:40]!r}")

@@ -56,7 +56,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.superlink import FleetError, Superlink
-from federation.server_app import bytes_of
+from federation.grid_sites import bytes_of
 
 OBJECT_BACKOFF_S = (0.03, 0.1)
 """First and longest wait for an object that is announced but not uploaded; flwr has 1 and 10 s."""

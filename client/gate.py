@@ -13,20 +13,26 @@ from typing import TYPE_CHECKING, Self
 from client import accountant
 from client.accountant import PrivacyEvent
 from client.fingerprint import fingerprint, read_secret
+from client.identity import public_identity, read_identity
 from client.ledger import LEDGER, Entry, EpsilonOf, Ledger, utc_now
-from client.policy import Policy, read_policy
+from client.policy import ANY, Policy, read_policy
 from client.reasons import Refused
 from client.request import SiteRequest, parse_request, with_facts
 from client.verdict import judge, rounded
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from client.answers import Kept
     from client.fingerprint import Fingerprint
+    from client.secure_sum import Membership
     from client.site_settings import SiteSettings
     from client.trainer import Question
 
 STAGE = "update"
 """What the ledger calls an update that leaves by itself, not in a secure sum."""
+SECURE_STAGE = "secure"
+"""And a masked vector of a secure sum. Keys, shares and signatures hold nothing of the data."""
 
 
 class SiteGate:
@@ -41,6 +47,7 @@ class SiteGate:
         say: Callable[..., None],
         now: Callable[[], datetime] = utc_now,
         epsilon_of: EpsilonOf = accountant.epsilon_of,
+        identity: Ed25519PrivateKey | None = None,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -51,7 +58,9 @@ class SiteGate:
             say: Called with the name of an event and its values, for the log.
             now: Clock of the quiet hours.
             epsilon_of: The accountant.
+            identity: This site's key in secure sums; None = it takes part in none.
         """
+        self._identity = identity
         self._policy = policy
         self._ledger = ledger
         self._data_set = data_set
@@ -64,14 +73,17 @@ class SiteGate:
         """Read a site's policy, open its ledger, and take the fingerprint of its records.
 
         Raises:
-            UserError: The policy or the data are missing or wrong.
+            UserError: The policy, the identity or the data are missing or wrong.
             LedgerError: The ledger is broken.
         """
         from client.round import site_records
 
         policy = read_policy(settings.policy)
         data_set = fingerprint(site_records(settings.data), read_secret(settings.state))
-        return cls(policy, Ledger.open(settings.state / LEDGER), data_set, say=say)
+        key = settings.identity_key
+        identity = None if key is None else read_identity(key)
+        ledger = Ledger.open(settings.state / LEDGER)
+        return cls(policy, ledger, data_set, say=say, identity=identity)
 
     def allow(self, question: Question) -> None:
         """Return when the policy allows a question; every verdict is in the log.
@@ -106,12 +118,15 @@ class SiteGate:
         """
         asked = _request_of(question)
         settings = asked.training_settings
+        is_secure = asked.secure_sum is not None
+        # Another attempt masks the update that was charged with the first.
+        is_charged = is_secure and self._is_masked_before(asked, kept.sha256)
         self._ledger.append(
             Entry(
                 run=asked.run,
                 bundle=asked.bundle,
                 server_round=asked.server_round,
-                stage=STAGE,
+                stage=SECURE_STAGE if is_secure else STAGE,
                 adapter=question.adapter,
                 settings=asked.settings_digest,
                 sha256=kept.sha256,
@@ -121,12 +136,45 @@ class SiteGate:
                 event=PrivacyEvent(
                     settings.noise_multiplier,
                     min(1.0, asked.batch / self._data_set.num_records),
-                    settings.num_steps,
+                    0 if is_charged else settings.num_steps,
                 ),
                 delta=self._policy.privacy.delta,
                 data_set=self._data_set,
             )
         )
+
+    def membership(self) -> Membership:
+        """Return who this site is in secure sums, and with whom it may be in one.
+
+        Raises:
+            Refused: It has no identity.
+        """
+        from client.secure_sum import Membership
+
+        rules = self._policy.aggregation
+        if self._identity is None:
+            raise Refused("identity_key", "this site has no identity for secure sums")
+        own = public_identity(self._identity)
+        listed = frozenset() if ANY in rules.cohort else frozenset({own, *rules.cohort})
+        return Membership(self._identity, rules.min_cohort, listed)
+
+    @property
+    def data_set(self) -> str:
+        """Digest of the records that are trained on now."""
+        return self._data_set.digest
+
+    def _is_masked_before(self, asked: SiteRequest, sha256: str) -> bool:
+        """Return whether the round's first masked vector is another one than these bytes."""
+        first = next(
+            (
+                row.sha256
+                for row in self._ledger.rows()
+                if (row.run, row.server_round, row.stage)
+                == (asked.run, asked.server_round, SECURE_STAGE)
+            ),
+            sha256,
+        )
+        return first != sha256
 
     def __enter__(self) -> Self:
         return self

@@ -60,7 +60,8 @@ class Entry:
     """L2 bound of one record's gradient; 0 = none."""
     event: PrivacyEvent
     """Steps on the data. Noise 0 says that there was none: then no epsilon bounds what the data set
-    gave away, now and for life. 0 steps says that nothing of the data leaves."""
+    gave away, now and for life. 0 steps says that nothing of the data leaves that is not charged
+    already: another attempt of a secure sum masks the same update anew."""
     delta: float
     """At which the row's epsilon is given, in (0, 1)."""
     data_set: Fingerprint

@@ -24,12 +24,11 @@ from federation.settings import AGGREGATIONS, Dtype, load_settings, read_toml
 ANY = "any"
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-DATA_METRICS = ("num-examples", "train_loss")
-"""Counted or measured on the records, and not covered by the noise of DP-SGD."""
 
 DigestOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{64})$")]
 RunOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{32})$")]
 PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+PublicKeyOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{64})$")]
 ModulePattern = Annotated[str, Field(pattern="^[A-Za-z0-9_.*?-]{1,256}$")]
 Digits = Annotated[int, Field(ge=1, le=15)]
 Limit = Annotated[int, Field(ge=0, le=2**53)]
@@ -105,6 +104,10 @@ class AggregationRules(StrictSettings):
     """Fewest sites whose updates a sum may hold, this one included: with secure summation the
     threshold below which the sum stays closed, which sites check themselves. **Without it only the
     server's word**: it sees this site's update by itself, however many it says that there are."""
+    cohort: Annotated[tuple[PublicKeyOrAny, ...], Field(strict=False)] = ()
+    """Identities (Ed25519 public keys, 64 hex digits) of the sites that may be in a secure sum with
+    this one, or "any". **With "any" a server can play the other sites itself**, and then it opens
+    this site's update."""
 
 
 class PrivacyRules(StrictSettings):

@@ -90,7 +90,7 @@ def explain(
 
 def allowed_in_words(policy: "Policy") -> list[str]:
     """Return what a policy allows, one sentence a line; what allows nothing says so."""
-    from client.policy import DATA_METRICS
+    from federation.metrics import DATA_METRICS
 
     is_closed = not policy.models.base or not (policy.runs.allowed or policy.runs.signers)
     runs, limits, privacy = policy.runs, policy.training, policy.privacy
@@ -109,6 +109,7 @@ def allowed_in_words(policy: "Policy") -> list[str]:
     lines += [f"Aggregations: {_words(sums.kinds)}."]
     if sums.secure_sum_required:
         lines += [f"A secure sum is required, of at least {sums.min_cohort} sites."]
+        lines += [f"Sites that may be in it: {_words(sums.cohort)}."]
     else:
         lines += ["No secure sum is required: the server may see this site's update by itself."]
         lines += [f"At least {sums.min_cohort} sites, without a secure sum by the server's word."]

@@ -19,8 +19,9 @@ from fnmatch import fnmatchcase
 
 from client.accountant import PrivacyEvent
 from client.ledger import EpsilonOf, Spent
-from client.policy import ANY, DATA_METRICS, Policy
+from client.policy import ANY, Policy
 from client.request import AdapterFacts, SiteRequest
+from federation.metrics import DATA_METRICS
 from federation.run_signature import is_signed_by
 
 _MAX_SHOWN = 80
@@ -182,6 +183,33 @@ def _cohort(case: Case) -> Finding:
     return _finding(max(seen, 1) >= least, said, f"at least {least}", reason, note)
 
 
+def _identities(case: Case) -> Finding:
+    listed, terms = case.policy.aggregation.cohort, case.request.secure_sum
+    if terms is None:
+        return Finding(True, "no secure sum", "for secure sums", "")
+    value = "any site" if ANY in listed else f"{len(set(listed))} sites listed"
+    reason = (
+        f"secure_sum.threshold is {terms.threshold}, and this site's policy lists too few others "
+        "that may be in a sum with it"
+    )
+    note = "with any site in it, a server can play the others itself" if ANY in listed else ""
+    # This site itself need not be on its own list.
+    is_enough = ANY in listed or len(set(listed)) + 1 >= terms.threshold
+    return _finding(is_enough, value, f"{terms.threshold - 1} others", reason, note)
+
+
+def _weight(case: Case) -> Finding:
+    terms, allowed = case.request.secure_sum, case.policy.metrics.allowed
+    largest = 1 if terms is None else terms.max_examples
+    reason = (
+        f"secure_sum.max_examples is {largest}: the sum would tell of the number of records, which "
+        "no noise covers; set it to 1"
+    )
+    is_allowed = largest == 1 or not case.request.is_private or "num-examples" in allowed
+    limit = "1 under noise, unless num-examples may leave"
+    return _finding(is_allowed, f"{largest}", limit, reason)
+
+
 def _private(case: Case) -> Finding:
     is_private, is_required = case.request.is_private, case.policy.privacy.required
     noise = case.request.training_settings.noise_multiplier
@@ -301,6 +329,7 @@ RULES: dict[str, Callable[[Case], Finding]] = {
     ),
     "aggregation.secure_sum_required": _secure_sum,
     "aggregation.min_cohort": _cohort,
+    "aggregation.cohort": _identities,
     "privacy.required": _private,
     "privacy.noise_floor": _if_private(_noise),
     "privacy.max_record_clip_norm": _if_private(
@@ -315,6 +344,7 @@ RULES: dict[str, Callable[[Case], Finding]] = {
     "privacy.delta": _if_private(_delta),
     "privacy.epsilon": _if_private(_epsilon),
     "metrics.allowed": _metrics,
+    "metrics.weight": _weight,
     "metrics.max_count": lambda c: _at_most(
         "the number of metrics", len(c.request.metrics), c.policy.metrics.max_count
     ),

@@ -52,6 +52,10 @@ kinds = ["alternating"]
 secure_sum_required = true
 # Fewest sites in a sum, this one included. Without a secure sum only the server's word.
 min_cohort = 3
+# Identities (64 hex digits: `client identity`) of the sites that may be in a secure sum with this
+# one, told by the sites themselves and not by the coordinator; or "any": then a coordinator that
+# cheats can play the other sites and open this one's update.
+cohort = []
 
 [privacy]
 # Whether every round must be differentially private (DP-SGD, per record). One round without noise

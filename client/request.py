@@ -24,14 +24,17 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from client.settings import TrainingSettings
 from federation.errors import UserError
-from federation.header import DIGEST_BYTES, MAX_ALPHA, MAX_RANK, message_bytes, payload_bytes
+from federation.header import MAX_ALPHA, MAX_RANK, message_bytes, num_numbers
 from federation.metrics import METRICS
 from federation.run_signature import canonical_json, run_description
 from federation.settings import AGGREGATIONS, Dtype, Settings
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_ROUNDS = 1_000_000
+MAX_ATTEMPTS = 1_000_000_000
 MAX_COHORT = 10_000
+MAX_SECURE_COHORT = 64
+"""federation.secure_messages.MAX_COHORT, which a policy's command need not load."""
 _MAX_DEPTH = 4
 """A request is an object of tables and lists of names: nothing in it is deeper."""
 _LARGEST_INT = 2**63 - 1
@@ -55,16 +58,21 @@ class StrictSettings(Settings):
 
 
 class SecureSumTerms(StrictSettings):
-    """The terms on which the server is to learn no more than a sum."""
+    """The terms on which the server is to learn no more than a sum.
 
-    cohort: Annotated[int, Field(ge=2, le=MAX_COHORT)]
-    """Sites that the round asks."""
-    threshold: Annotated[int, Field(ge=2, le=MAX_COHORT)]
+    A round's whole terms (federation.secure_messages.Terms) hold them.
+    """
+
+    cohort: Annotated[int, Field(ge=3, le=MAX_SECURE_COHORT)]
+    """Sites at most."""
+    threshold: Annotated[int, Field(ge=2, le=MAX_SECURE_COHORT)]
     """Sites without which the sum stays closed: so many updates stand in it at least."""
-    clip: Annotated[float, Field(gt=0)]
-    """Public bound on one number of an update, before it is rounded to the ring."""
-    bits: Annotated[int, Field(ge=8, le=64)]
-    """The ring is the integers modulo 2**bits."""
+    clip: Annotated[float, Field(gt=0, le=1e6)]
+    """Public bound on one number of an update's change, before it is rounded to the ring."""
+    bits: Annotated[int, Field(ge=2, le=32)]
+    """Of one number before the sum; the ring is wider by what the cohort needs."""
+    max_examples: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1
+    """Largest weight of a site. 1 = all count alike; more tells the sum of the weights."""
 
     @model_validator(mode="after")
     def _cannot_be_split(self) -> Self:
@@ -117,6 +125,11 @@ class SiteRequest(StrictSettings):
     """Fewest updates that the server averages, its quorum, where there is no secure sum: its word
     alone. 0 = not said."""
     secure_sum: SecureSumTerms | None = None
+    stage: Literal["", "advertise", "share", "mask", "agree", "reveal"] = ""
+    """Of the secure sum. Neither it nor the attempt is in the description or in the digest of the
+    settings: they say how often and how far the one update of a round is asked for."""
+    attempt: Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)] = 0
+    """Number of this try at the round's sum, from 1 on; 0 = not said."""
     signature: Annotated[str, Field(pattern="^([0-9a-f]{128})?$")] = ""
     """Ed25519 over ``description``."""
     adapter: AdapterFacts | None = None
@@ -143,6 +156,11 @@ class SiteRequest(StrictSettings):
                 f"cohort is {self.cohort} and secure_sum.cohort {self.secure_sum.cohort}: expected "
                 "the same, or no cohort beside secure_sum"
             )
+        if (self.stage or self.attempt) and not (self.secure_sum and self.stage and self.attempt):
+            raise ValueError(
+                f"stage is {self.stage!r} and attempt {self.attempt}: expected both, and the terms "
+                "in secure_sum, or neither"
+            )
         if self.num_rounds and self.server_round > self.num_rounds:
             raise ValueError(
                 f"server_round is {self.server_round} of num_rounds {self.num_rounds}: expected a "
@@ -168,7 +186,7 @@ class SiteRequest(StrictSettings):
     @property
     def settings_digest(self) -> str:
         """Return the sha256 of everything the run says: the same round with another is a replay."""
-        said = self.model_dump(mode="json", exclude={"adapter"})
+        said = self.model_dump(mode="json", exclude={"adapter", "stage", "attempt"})
         return hashlib.sha256(canonical_json(said)).hexdigest()
 
     def description(self, base_model: str) -> bytes:
@@ -237,7 +255,7 @@ def with_facts(
     """Return the request with what the trainer read from the message; what it claimed is dropped.
 
     ``num_bytes`` is counted as `federation.wire` will write the update, or as a secure sum masks
-    it: one ring element for each number.
+    it: one ring element for each number of the factors that learn.
 
     Args:
         request: As parsed.
@@ -254,8 +272,14 @@ def with_facts(
     if terms is None:
         num_bytes = message_bytes(shapes, rank, request.uplink, request.trains, alpha=alpha)
     else:
-        num_numbers = payload_bytes(shapes, rank, "float32", request.trains) // 4
-        num_bytes = math.ceil(num_numbers * terms.bits / 8) + DIGEST_BYTES
+        from federation.secure_messages import masked_bytes
+
+        num_bytes = masked_bytes(
+            num_numbers(shapes, rank, request.trains),
+            cohort=terms.cohort,
+            bits=terms.bits,
+            max_examples=terms.max_examples,
+        )
     try:
         facts = AdapterFacts(
             base_model=base_model,

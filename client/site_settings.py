@@ -34,6 +34,10 @@ class SiteSettings(Settings):
     """policy.toml: what this site allows (client.policy)."""
     state: Path
     """Directory for what must survive a restart; no other site's and no other daemon's."""
+    identity_key: Path | None = None
+    """This site's Ed25519 private key (PEM, unencrypted) for secure sums, for life: the other sites
+    list its public half in their policies (`client identity`). None = it takes part in no secure
+    sum. Only the trainer reads it."""
     name: Annotated[str, Field(max_length=64)] = ""
     """What the site calls itself, for the coordinator's tables."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -117,7 +121,7 @@ class SiteSettings(Settings):
 
 _PATHS = (
     *("root_certificate", "node_key", "base_model", "data", "policy"),
-    *("state", "node_state", "trainer", "log"),
+    *("state", "node_state", "trainer", "log", "identity_key"),
 )
 
 

@@ -16,21 +16,62 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from client.answers import Answers, Kept
 from client.reasons import code_and_reason
-from client.round import RoundRequest, answer_received, open_received, read_request
+from client.round import (
+    Answer,
+    RoundRequest,
+    answer_received,
+    num_model_loads,
+    open_received,
+    read_request,
+)
 from client.settings import TrainingSettings
 from client.site import Site
 from client.trainer_link import LinkError, read_object
 from federation.settings import load_settings
 from federation.wire import Update
 
+if TYPE_CHECKING:
+    from client.secure_sum import Membership
+
 KeyOf = Callable[[RoundRequest], bytes]
 """The key of a round's random numbers: `client.randomness.RandomStream`."""
-_NOT_ASKED = ("bundle", "signature")
-"""Keys of a head that say who asks, not what: the same question may come another way."""
+_NOT_ASKED = ("bundle", "signature", "stage", "attempt")
+"""Keys of a head that say who asks, and how far a secure sum is: not what is to be trained."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the message itself says, whatever its head claims."""
+
+    base_model: str
+    """Digest, in hex."""
+    rank: int
+    """Of what this site trains: its own rank may be below the message's."""
+    alpha: float
+    shapes: Mapping[str, tuple[int, int]]
+    """Out and in features of each module."""
+    num_bytes: int
+    """Of the message."""
+    adapter: str
+    """Content digest: the adapter's name on both sides, whatever the message that brought it."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """The head of a message, read: what the run says."""
+
+    content: bytes = field(repr=False)
+    head: Mapping[str, Any] = field(repr=False)
+    request: RoundRequest
+    settings: TrainingSettings
+
+    def about(self, facts: Facts) -> Question:
+        """Return the question that it is about an adapter."""
+        return Question(self.content, self.head, self.request, self.settings, **vars(facts))
 
 
 @dataclass(frozen=True)
@@ -44,16 +85,12 @@ class Question:
     request: RoundRequest
     settings: TrainingSettings
     base_model: str
-    """Digest, in hex. This and what follows is read from the message itself."""
+    """This and what follows: see `Facts`."""
     rank: int
-    """Of what this site trains: its own rank may be below the message's."""
     alpha: float
     shapes: Mapping[str, tuple[int, int]]
-    """Out and in features of each module."""
     num_bytes: int
-    """Of the message."""
     adapter: str
-    """Content digest: the adapter's name on both sides, whatever the message that brought it."""
     is_repeated: bool = False
     """Whether this very question was answered before: what leaves is that answer, and costs no
     privacy that is not spent already."""
@@ -88,8 +125,18 @@ class Gate(Protocol):
     def record(self, question: Question, kept: Kept) -> None:
         """Put what is about to leave into the ledger; it is on disk when this returns.
 
-        Called again for an answer that is sent again: it notes an answer once.
+        Called again for an answer that is sent again: it notes an answer once. In a secure sum
+        every attempt masks the same update anew: it notes each, and charges the first.
         """
+        ...
+
+    def membership(self) -> Membership:
+        """Return who this site is in secure sums; raise `client.reasons.Refused` if nobody."""
+        ...
+
+    @property
+    def data_set(self) -> str:
+        """Digest of the records that are trained on now."""
         ...
 
 
@@ -109,9 +156,9 @@ class Trainer:
                 runs. Whoever knows the key knows the noise: no setting leads here, and a site
                 leaves it None, for noise from the operating system.
         """
-        self._site = site
-        self._gate = gate
-        self._say = say
+        self.site = site
+        self.gate = gate
+        self.say = say
         self._key_of = key_of
 
     def answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
@@ -125,63 +172,107 @@ class Trainer:
         try:
             return self._answer(head, message, scratch)
         except Exception as error:
-            site = self._site
+            site = self.site
             own = [str(path) for path in (site.data, site.base_model, site.state)]
             code, reason = code_and_reason(error, own)
             frames = traceback.extract_tb(error.__traceback__)[-3:]
             where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-            self._say("question_failed", code=code, error=type(error).__name__, where=where)
+            self.say("question_failed", code=code, error=type(error).__name__, where=where)
             return Reply({"code": code, "reason": reason})
 
     def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
-        values, request, settings = read_head(head)
-        received = open_received(message, self._site, request)
-        question = _question(head, values, request, settings, received, self._site)
-        answers = Answers(self._site.state, request.run)
-        kept = answers.find(request.server_round, question.digest)
-        is_new = kept is None
-        self._gate.allow(replace(question, is_repeated=not is_new))
-        if kept is None:
-            started = time.perf_counter()
-            key = self._key_of(request) if self._key_of else None
-            answer = answer_received(
-                received, self._site, settings, request, scratch=scratch, key=key
-            )
-            kept = answers.keep(
-                request.server_round,
-                question=question.digest,
-                adapter=question.adapter,
-                update=answer.update,
-                metrics=self._gate.release(
-                    question,
-                    {
-                        "num-examples": answer.num_examples,
-                        "train_loss": answer.train_loss,
-                        "seconds": time.perf_counter() - started,
-                    },
-                ),
-            )
-        self._gate.record(question, kept)
-        self._say(
+        began = time.perf_counter()
+        said = read_head(head)
+        if "stage" in said.head:
+            from client.secure_round import answer_stage
+
+            return answer_stage(self, said, message, scratch)
+        if "secure_sum" in said.head:
+            raise LinkError("the head says the terms of a secure sum, and no stage of it")
+        request = said.request
+        received = open_received(message, self.site, request)
+        question = said.about(facts_of(received, self.site))
+        kept, training_s = self.kept_answer(
+            question,
+            lambda: answer_received(
+                received,
+                self.site,
+                said.settings,
+                request,
+                scratch=scratch,
+                key=self.key(request),
+            ),
+        )
+        self.gate.record(question, kept)
+        self.say(
             "answered",
             run=request.run,
             server_round=request.server_round,
             num_bytes=kept.num_bytes,
-            is_new=is_new,
+            is_new=training_s is not None,
+            seconds=round(time.perf_counter() - began, 4),
+            training_s=round(training_s or 0.0, 4),
+            num_model_loads=num_model_loads(),
         )
         return Reply(
-            {
-                "code": 0,
-                "metrics": dict(kept.metrics),
-                "site": self._site.name,
-                "num_bytes": kept.num_bytes,
-            },
-            answers.path(kept),
+            self.reply_head(kept.num_bytes, kept.metrics),
+            Answers(self.site.state, request.run).path(kept),
         )
 
+    def kept_answer(
+        self, question: Question, train: Callable[[], Answer]
+    ) -> tuple[Kept, float | None]:
+        """Return the answer to a question, on disk, and how long it was trained for, in seconds.
 
-def read_head(head: bytes) -> tuple[dict[str, Any], RoundRequest, TrainingSettings]:
-    """Return a head's values, and the two parts of them that a round is trained by.
+        None where it was given before.
+
+        Args:
+            question: What is asked.
+            train: Makes the answer, once it is allowed; not called when it was given before.
+
+        Raises:
+            Refused: The policy does not allow it, or the round was answered to another question.
+        """
+        server_round = question.request.server_round
+        answers = Answers(self.site.state, question.request.run)
+        kept = answers.find(server_round, question.digest)
+        self.gate.allow(replace(question, is_repeated=kept is not None))
+        if kept is not None:
+            return kept, None
+        started = time.perf_counter()
+        answer = train()
+        self.say("trained", run=question.request.run, server_round=server_round)
+        measured = {
+            "num-examples": answer.num_examples,
+            "train_loss": answer.train_loss,
+            "seconds": time.perf_counter() - started,
+        }
+        kept = answers.keep(
+            server_round,
+            question=question.digest,
+            adapter=question.adapter,
+            update=answer.update,
+            metrics=self.gate.release(question, measured),
+            num_examples=answer.num_examples,
+        )
+        return kept, answer.training_s
+
+    def key(self, request: RoundRequest) -> bytes | None:
+        """Return the key of a round's noise; None, as always but in a test, draws a new one."""
+        return self._key_of(request) if self._key_of else None
+
+    def reply_head(self, num_bytes: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Return the head of a reply that is no error."""
+        return {
+            "code": 0,
+            "metrics": dict(metrics),
+            "site": self.site.name,
+            "num_bytes": num_bytes,
+        }
+
+
+def read_head(head: bytes) -> Said:
+    """Return what a head says, and the two parts of it that a round is trained by.
 
     Raises:
         LinkError: The head is no JSON object, or says no round.
@@ -199,22 +290,12 @@ def read_head(head: bytes) -> tuple[dict[str, Any], RoundRequest, TrainingSettin
     if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
         raise LinkError("the head's metrics are no list of names")
     settings = load_settings(TrainingSettings, training, "the run's training settings")
-    return values, read_request(values), settings
+    return Said(head, values, read_request(values), settings)
 
 
-def _question(
-    content: bytes,
-    values: Mapping[str, Any],
-    request: RoundRequest,
-    settings: TrainingSettings,
-    received: Update,
-    site: Site,
-) -> Question:
-    return Question(
-        content,
-        values,
-        request,
-        settings,
+def facts_of(received: Update, site: Site) -> Facts:
+    """Return what a message says of its adapter."""
+    return Facts(
         base_model=received.base_model,
         rank=received.rank if site.rank is None else min(site.rank, received.rank),
         alpha=received.alpha,

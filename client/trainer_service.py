@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from client.claim import claim
 from client.process import end_with, keep_to_itself
+from client.round import settle
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
 from client.trainer import Gate, KeyOf, Reply, Trainer
@@ -132,6 +133,7 @@ def _answer_calls(
             call.reply.cancel()
             continue
         call.reply.set_result(trainer.answer(call.head, call.message, call.directory))
+        settle()
 
 
 @contextlib.contextmanager

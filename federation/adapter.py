@@ -184,8 +184,9 @@ def write_modules(
                 if name != expected or found != (*shapes[name], rank):
                     raise ValueError(f"{name} {found}: expected {expected} {shapes[expected]}")
                 for factor in (factors.a_RI, factors.b_OR):
-                    narrow = factor.to(torch.float32).contiguous()
-                    file.write(narrow.view(torch.uint8).numpy().data)
+                    # Flat: of rank 1 a column is contiguous whatever its stride says.
+                    flat = factor.to(torch.float32).contiguous().reshape(-1)
+                    file.write(flat.view(torch.uint8).numpy().data)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_atomically(building / "adapter_config.json", text)
 

@@ -109,6 +109,30 @@ class SiteLate:
 
 
 @dataclass(frozen=True)
+class SumOpened:
+    """A secure sum was opened: the server knows the sum of the updates and none of them."""
+
+    server_round: int
+    attempt: int
+    sites: list[str]
+    """Whose updates are in it."""
+    cohort: int
+    """Sites that the terms speak of, at most."""
+    threshold: int
+    """Fewest sites that could have been in it."""
+    total_examples: int | None
+    """Of all sites together, each counted up to the terms' bound; None: they count alike."""
+
+
+@dataclass(frozen=True)
+class SumLost:
+    """A secure sum can never be opened: the round leaves the adapter as it was."""
+
+    server_round: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class RoundFinished:
     """The updates are averaged and the new adapter is on disk."""
 
@@ -148,6 +172,8 @@ Event = (
     | UpdateReceived
     | SiteFailed
     | SiteLate
+    | SumOpened
+    | SumLost
     | RoundFinished
     | RunFinished
     | RunFailed

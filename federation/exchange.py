@@ -14,14 +14,14 @@ import hashlib
 import math
 import random
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from federation import events
 from federation.errors import FedgeError
-from federation.metrics import check_metrics, without_unasked
+from federation.metrics import check_metrics, weight_of, without_unasked
 from federation.rebased import RebasedUpdate
 from federation.sites import Reply, Request, Sites
 from federation.traffic import num_asked
@@ -31,7 +31,7 @@ from federation.wire import Update, WireError, open_update
 if TYPE_CHECKING:
     from federation.settings import FederationSettings
 
-_HEADER_SLACK = 1 << 12
+HEADER_SLACK = 1 << 12
 """By how much the header of an update may be longer than the adapter's that was sent."""
 LIFETIME = 2
 """A request expires this many round timeouts after it was sent: later, a reply is lost unnamed."""
@@ -66,6 +66,35 @@ class Received:
     """Of the message as it came."""
     reply: Reply
     """Without its bytes, and without the numbers that the run did not ask for."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One site's part in a round's average."""
+
+    reply: Reply
+    """Without its bytes, and without the numbers that the run did not ask for."""
+    sha256: str
+    """Of what it sent: its update, or its masked vector."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What a round is averaged from."""
+
+    updates: Sequence[Readable]
+    """In a fixed order. In a secure sum it is one, of all sites together."""
+    weights: Sequence[int]
+    """What each counts."""
+    parts: Sequence[Part]
+    """Whose updates these are; in the order of the updates, where there is one a site."""
+    secure_sum: Mapping[str, object] | None = None
+    """For the lineage: terms and outcome of the secure sum."""
+
+    @property
+    def replies(self) -> list[Reply]:
+        """What the sites said beside their updates."""
+        return [part.reply for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -111,7 +140,7 @@ class Exchange:
         self._busy: dict[str, _Busy] = {}
         self._holders: set[str] = set()
 
-    def gather(self, server_round: int, outgoing: Outgoing, trains: str) -> list[Received]:
+    def gather(self, server_round: int, outgoing: Outgoing, trains: str) -> Gathered:
         """Return a quorum of updates in a fixed order: by digest.
 
         Raises:
@@ -134,7 +163,14 @@ class Exchange:
                 f"({attempt.first_reason}); every reason is in {self._log.path}. The last adapter "
                 "stays: mend the sites and resume the run"
             )
-        return sorted(attempt.received.values(), key=lambda item: (item.sha256, item.reply.site))
+        received = sorted(
+            attempt.received.values(), key=lambda item: (item.sha256, item.reply.site)
+        )
+        return Gathered(
+            updates=[item.update for item in received],
+            weights=[weight_of(item.reply) for item in received],
+            parts=[Part(item.reply, item.sha256) for item in received],
+        )
 
     def _remember(self, attempt: _Attempt) -> None:
         """Note who holds this round's adapter, and who is still busy with it."""
@@ -166,7 +202,7 @@ class Exchange:
         free = sorted(set(connected) - taken - self._busy.keys())
         # Those that were silent in an attempt may still answer, but others are asked beside them.
         count = num_asked(settings, len(connected)) - len(attempt.received)
-        drawn = _draw(free, count, f"{settings.seed}/{attempt.server_round}/{number}")
+        drawn = draw(free, count, f"{settings.seed}/{attempt.server_round}/{number}")
         holders = self._holders if attempt.outgoing.is_change else set(drawn)
         in_full = [site for site in drawn if site not in holders]
         outgoing = attempt.outgoing
@@ -187,25 +223,9 @@ class Exchange:
         if not sites:
             return
         settings = self._settings
-        request = Request(
-            server_round=attempt.server_round,
-            message=message,
-            training=settings.training,
-            uplink=settings.wire.uplink,
-            downlink=settings.wire.downlink,
-            trains=attempt.trains,
-            run=self._run,
-            aggregation=settings.aggregation,
-            num_rounds=settings.num_rounds,
-            cohort=settings.quorum,
-            metrics=settings.asked_metrics,
-            simulation={
-                "base_model": settings.base_model,
-                "simulated_sites": settings.simulated_sites,
-            }
-            if settings.simulated_sites
-            else None,
-        )
+        request = request_of(settings, self._run, attempt.server_round, message, attempt.trains)
+        longest = attempt.outgoing.served.num_bytes + HEADER_SLACK
+        request = replace(request, max_reply_bytes=longest)
         self._sites.send(sites, request)
         expires = self._clock() + LIFETIME * settings.round_timeout_s
         attempt.waiting |= dict.fromkeys(sites, expires)
@@ -318,7 +338,7 @@ class Exchange:
         if reply.update is None:
             raise WireError(reply.error or "the site sent neither an update nor an error")
         check_metrics(reply, self._settings.asked_metrics)
-        if len(reply.update) > served.num_bytes + _HEADER_SLACK:
+        if len(reply.update) > served.num_bytes + HEADER_SLACK:
             raise WireError(
                 f"the update has {len(reply.update)} bytes, the whole adapter that was sent "
                 f"{served.num_bytes}"
@@ -352,7 +372,32 @@ class _Attempt:
         return self.reasons[0] if self.reasons else "no site was free to be asked"
 
 
-def _draw(sites: Sequence[str], count: int, seed: str) -> list[str]:
+def request_of(
+    settings: FederationSettings, run: str, server_round: int, message: Path, trains: str
+) -> Request:
+    """Return what a round asks of its sites."""
+    return Request(
+        server_round=server_round,
+        message=message,
+        training=settings.training,
+        uplink=settings.wire.uplink,
+        downlink=settings.wire.downlink,
+        trains=trains,
+        run=run,
+        aggregation=settings.aggregation,
+        num_rounds=settings.num_rounds,
+        cohort=settings.quorum,
+        metrics=settings.asked_metrics,
+        simulation={
+            "base_model": settings.base_model,
+            "simulated_sites": settings.simulated_sites,
+        }
+        if settings.simulated_sites
+        else None,
+    )
+
+
+def draw(sites: Sequence[str], count: int, seed: str) -> list[str]:
     """Return ``count`` of the sites, sorted: the same for the same sites and seed."""
     if count <= 0:
         return []

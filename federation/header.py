@@ -114,6 +114,11 @@ def tensor_shapes(
     ]
 
 
+def num_numbers(shapes: Mapping[str, tuple[int, int]], rank: int, factors: str) -> int:
+    """Return how many numbers the tensors of a message hold. Arguments as `tensor_shapes`."""
+    return sum(rows * columns for _, (rows, columns) in tensor_shapes(shapes, rank, factors))
+
+
 def payload_bytes(
     shapes: Mapping[str, tuple[int, int]], rank: int, dtype: str, factors: str = "AB"
 ) -> int:

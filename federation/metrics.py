@@ -1,14 +1,15 @@
 """The numbers that may come back beside an update: which a run asks for, and what is made of them.
 
-They are told by a site's records, and no noise covers them: a site whose policy wants differential
-privacy may let none of the first two out. So a run names those that it wants, and whatever a site
-says beside them is dropped unread. Where the sites do not say how many records they have, every
-site weighs the same.
+The count and the loss are told by a site's records, and no noise covers them: a site whose policy
+wants differential privacy may let neither out. So a run names those that it wants, and whatever a
+site says beside them is dropped unread. Where the sites do not say how many records they have,
+every site weighs the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 METRICS = ("num-examples", "train_loss", "seconds")
 """Names, as they travel: records of the site, mean loss in nats a token, duration of its training.
 All that a site of this version measures, and what a run asks for that says nothing else."""
+DATA_METRICS = ("num-examples", "train_loss")
+"""Counted or measured on the records, and not covered by the noise of DP-SGD."""
 MAX_EXAMPLES = 1_000_000_000
 """A count beyond it is a mistake or an attack: it would own the average."""
 MAX_REPORTED = 1e9
@@ -46,6 +49,18 @@ def metric_names(setting: str) -> tuple[str, ...]:
     return names
 
 
+def number_in(record: Mapping[str, object], name: str) -> float | None:
+    """Return a number of a site's record as it is, or None where there is none to be read."""
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def count_in(record: Mapping[str, object], name: str) -> int | None:
+    """Return a count of a site's record, or None where there is none to be read."""
+    value = number_in(record, name)
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
 def check_metrics(reply: Reply, asked: Sequence[str]) -> None:
     """Compare the numbers beside an update with what was asked for; the others are not looked at.
 
@@ -55,7 +70,7 @@ def check_metrics(reply: Reply, asked: Sequence[str]) -> None:
     for name in asked:
         value = getattr(reply, _FIELDS[name])
         if value is None:
-            raise WireError(f"the reply lacks {name}, which this run asks for (setting metrics)")
+            raise WireError(f"the reply brings no number {name}, which this run asks for")
         if name == "num-examples" and not 1 <= value <= MAX_EXAMPLES:
             raise WireError(f"num_examples is {value}: expected 1 to {MAX_EXAMPLES}")
         # The comparison is False for NaN.

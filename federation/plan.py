@@ -2,7 +2,8 @@
 
 Bytes are exact (`federation.traffic`), memory and seconds are modelled (`federation.server_costs`).
 A plan does not know how long the sites train, how fast the network is, or which sites chose a
-smaller rank than the one that is served.
+smaller rank than the one that is served. Nor does it know an epsilon: that follows from a site's
+number of records and its delta, and the site's own policy judges it.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 from federation.adapter import TARGETS
 from federation.base_model import projection_shapes
 from federation.header import holds_changes
+from federation.metrics import DATA_METRICS
 from federation.server_costs import (
     Machine,
     aggregation_seconds,
@@ -19,7 +21,7 @@ from federation.server_costs import (
     server_disk,
     server_memory,
 )
-from federation.settings import Dtype, FederationSettings, needed_updates
+from federation.settings import Dtype, FederationSettings, SettingsError, needed_updates
 from federation.traffic import (
     Shapes,
     Traffic,
@@ -28,11 +30,6 @@ from federation.traffic import (
     num_asked,
     planned_message,
     up_traffic,
-)
-
-PRIVACY = (
-    "No differential privacy is enforced yet. The coordinator sees each site's update, its number "
-    "of examples and its training loss; an update can reveal something of the site's text."
 )
 
 
@@ -143,6 +140,7 @@ def make_plan(
 
     Raises:
         ModelError: The config is of another family, or a key is missing.
+        SettingsError: ``training.noise_multiplier`` is no number.
     """
     targets = TARGETS[settings.adapter.targets]
     shapes = {
@@ -167,7 +165,7 @@ def make_plan(
         disk_bytes=server_disk(settings, shapes),
         memory_bytes=server_memory(settings, shapes),
         aggregation_s=aggregation_seconds(settings, shapes, machine),
-        privacy=PRIVACY,
+        privacy=privacy(settings),
         notes=notes(settings),
         aggregations=[
             _aggregation_cost(
@@ -193,7 +191,55 @@ def notes(settings: FederationSettings) -> list[str]:
             f"a round asks {asked} of {settings.num_sites} sites, drawn anew: those that were not "
             f"in the round before get the whole adapter, so the bytes down are an average"
         )
+    data_metrics = [name for name in settings.asked_metrics if name in DATA_METRICS]
+    if is_private(settings) and data_metrics:
+        found.append(
+            f"no noise covers {' and '.join(data_metrics)}, and a site whose policy lets only "
+            "seconds out refuses the run: set metrics=seconds"
+        )
+    if is_private(settings) and settings.aggregation != "alternating":
+        found.append(
+            "both factors of the adapter learn at once, so that their noise multiplies, and a site "
+            "may refuse it: set aggregation=alternating"
+        )
     return found
+
+
+def privacy(settings: FederationSettings) -> str:
+    """Return what protects the sites' text in such a run, and what the coordinator sees of it.
+
+    Raises:
+        SettingsError: ``training.noise_multiplier`` is no number.
+    """
+    asked = settings.asked_metrics
+    beside = f" and, beside it, {', '.join(asked)}" if asked else " and no number beside it"
+    seen = f"The coordinator sees each site's update{beside}"
+    if not is_private(settings):
+        return (
+            f"No differential privacy: training.noise_multiplier is 0. {seen}; an update can "
+            "reveal something of the site's text."
+        )
+    noise = settings.training["noise_multiplier"]
+    return (
+        f"Differential privacy for each record: DP-SGD with noise multiplier {noise}. How much "
+        "epsilon a site spends follows from its number of records and its delta; its own policy "
+        f"refuses the round that would overspend. {seen}."
+    )
+
+
+def is_private(settings: FederationSettings) -> bool:
+    """Return whether the sites are to train with noise.
+
+    Raises:
+        SettingsError: ``training.noise_multiplier`` is no number.
+    """
+    value = settings.training.get("noise_multiplier", 0)
+    try:
+        return float(value) > 0
+    except (TypeError, ValueError):
+        raise SettingsError(
+            f"training.noise_multiplier is {value!r}: expected a number, such as 1.0"
+        ) from None
 
 
 def _num_liars(settings: FederationSettings, trait: Trait) -> int:

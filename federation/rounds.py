@@ -6,7 +6,7 @@ disk; the fold walks over the modules with one module of each site in memory, in
 the updates' digests, so the order of arrival changes nothing; the run directory commits a round
 in one rename.
 
-`run_rounds` knows nothing of Flower: it speaks to `Sites`, which `server_app` implements with a
+`run_rounds` knows nothing of Flower: it speaks to `Sites`, which `grid_sites` implements with a
 grid and the tests in memory.
 """
 
@@ -17,7 +17,7 @@ import ctypes
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +28,12 @@ from federation.aggregation import Aggregation, ModuleAverage, Rule, aggregate
 from federation.aggregation.alternating import orthonormalised, trained_factor
 from federation.aggregation.server_optimizers import server_step
 from federation.errors import FedgeError
-from federation.exchange import Exchange, Outgoing, Received, RoundError
+from federation.exchange import Exchange, Gathered, Outgoing, RoundError
 from federation.header import LARGEST, holds_changes
 from federation.lineage import write_lineage
-from federation.metrics import mean_of, weight_of
+from federation.metrics import mean_of
 from federation.run_directory import RunDirectory
+from federation.secure_rounds import SecureExchange
 from federation.settings import SettingsError
 from federation.wire import Update, open_update, write_message
 
@@ -52,7 +53,7 @@ class _Run:
 
     settings: FederationSettings
     directory: RunDirectory
-    exchange: Exchange
+    exchange: Exchange | SecureExchange
     log: events.EventLog
     clock: Callable[[], float]
 
@@ -108,7 +109,8 @@ def run_rounds(
     settings = directory.settings
     with directory:
         log = events.EventLog(directory.path / "events.jsonl", on_event)
-        exchange = Exchange(
+        kind = SecureExchange if settings.secure_sum.enabled else Exchange
+        exchange = kind(
             sites,
             settings,
             run=directory.run,
@@ -138,19 +140,19 @@ def _round(run: _Run, server_round: int) -> None:
     started = run.clock()
     outgoing = _serve(run, server_round)
     release_free_memory()
-    received = run.exchange.gather(server_round, outgoing, run.trains(server_round))
+    gathered = run.exchange.gather(server_round, outgoing, run.trains(server_round))
     release_free_memory()
     fold_started = run.clock()
-    folded = _fold(run, server_round, outgoing, received)
+    folded = _fold(run, server_round, outgoing, gathered)
     fold_seconds = run.clock() - fold_started
-    replies = [item.reply for item in received]
+    replies = gathered.replies
     loss = mean_of([r.train_loss for r in replies], [r.num_examples for r in replies])
-    _describe(run, server_round, folded, received, loss)
+    _describe(run, server_round, folded, gathered, loss)
     path = run.directory.commit(server_round, folded.building)
     run.log.write(
         events.RoundFinished(
             server_round=server_round,
-            num_updates=len(received),
+            num_updates=len(replies),
             train_loss=loss,
             aggregation_error=folded.error,
             aggregation_seconds=fold_seconds,
@@ -243,14 +245,12 @@ def _first_adapter(run: _Run) -> Adapter:
     return adapter
 
 
-def _fold(
-    run: _Run, server_round: int, outgoing: Outgoing, received: Sequence[Received]
-) -> _Folded:
+def _fold(run: _Run, server_round: int, outgoing: Outgoing, gathered: Gathered) -> _Folded:
     """Average the spooled updates; adapter and carried state go to disk module by module."""
     states = run.directory.states()
     aggregation = aggregate(
-        [item.update for item in received],
-        [weight_of(item.reply) for item in received],
+        gathered.updates,
+        gathered.weights,
         run.rule,
         origin=outgoing.served,
         trains=run.trains(server_round),
@@ -266,7 +266,7 @@ def _fold(
                 factors, state = _stepped(
                     run, server_round, outgoing, module, states.read(module.name)
                 )
-                _check_sendable(server_round, module.name, factors, received)
+                _check_sendable(server_round, module.name, factors, gathered)
                 new_states.write(module.name, state, module.tail)
                 errors.append(module.error)
                 yield module.name, factors
@@ -307,9 +307,7 @@ def _stepped(
     return factors, state
 
 
-def _check_sendable(
-    server_round: int, module: str, factors: LowRank, received: Sequence[Received]
-) -> None:
+def _check_sendable(server_round: int, module: str, factors: LowRank, gathered: Gathered) -> None:
     """Let a round be committed only if the next one can send it.
 
     Raises:
@@ -318,7 +316,9 @@ def _check_sendable(
     # The comparison is False for NaN.
     if all(float(factor.abs().max()) <= LARGEST for factor in (factors.b_OR, factors.a_RI)):
         return
-    norms = {_label(item.reply): _norm(item.update.read(module)) for item in received}
+    labels = ["of all sites"] if gathered.secure_sum else map(_label, gathered.replies)
+    updates = zip(labels, gathered.updates, strict=True)
+    norms = {label: _norm(update.read(module)) for label, update in updates}
     largest = sorted(norms, key=lambda label: norms[label], reverse=True)[:_NUM_NAMED]
     named = ", ".join(f"site {label} {norms[label]:.2g}" for label in largest)
     raise RoundError(
@@ -334,20 +334,26 @@ def _norm(factors: LowRank) -> float:
 
 
 def _describe(
-    run: _Run, server_round: int, folded: _Folded, received: Sequence[Received], loss: float | None
+    run: _Run, server_round: int, folded: _Folded, gathered: Gathered, loss: float | None
 ) -> None:
     """Write the round's lineage: base model, previous round, and the digest of every update."""
     ancestors = {"base_model": Path(run.settings.base_model)}
     if server_round > 1:
         ancestors["previous_round"] = run.directory.round(server_round - 1)
     aggregation = folded.aggregation
-    shares = dict(zip((_label(r.reply) for r in received), aggregation.shares, strict=True))
-    by_site = sorted(received, key=lambda item: item.reply.site)
+    by_site = sorted(gathered.parts, key=lambda part: part.reply.site)
+    kind = "masked update" if gathered.secure_sum else "update"
+    # In a secure sum nobody but the sites knows what each of them weighs.
+    in_words: dict[str, object] = (
+        {"secure_sum": dict(gathered.secure_sum)}
+        if gathered.secure_sum
+        else {"shares": dict(zip(map(_label, gathered.replies), aggregation.shares, strict=True))}
+    )
     write_lineage(
         folded.building,
         stage="federate",
         directories=ancestors,
-        digests={f"update of site {_label(item.reply)}": item.sha256 for item in by_site},
+        digests={f"{kind} of site {_label(part.reply)}": part.sha256 for part in by_site},
         parameters={
             "server_round": server_round,
             "aggregation": run.settings.aggregation,
@@ -355,8 +361,8 @@ def _describe(
             "alpha": aggregation.alpha,
             "base_model_digest": run.directory.base_model,
             "metrics": list(run.settings.asked_metrics),
-            "num_examples": {_label(item.reply): item.reply.num_examples for item in by_site},
-            "shares": shares,
+            "num_examples": {_label(part.reply): part.reply.num_examples for part in by_site},
+            **in_words,
             "training": dict(run.settings.training),
         },
         metrics={"aggregation_error": folded.error}

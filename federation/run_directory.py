@@ -6,6 +6,7 @@
     state-0002/                   what the server carries on: the tail, the optimizer's moments
     served/round-0003.update      what the sites of the last rounds were sent
     updates/                      the updates in flight
+    secure/                       a secure sum in flight: federation.secure_memory
     adapter -> round-0002         the newest
 
 A round is over when its `round-…` directory has its name: that rename is the commit, and all
@@ -196,6 +197,7 @@ class RunDirectory:
         for state in self.path.glob("state-*"):
             if state != self._state(server_round):
                 shutil.rmtree(state)
+        shutil.rmtree(self.path / "secure", ignore_errors=True)
         for served in (self.path / "served").iterdir():
             if served != self.served(server_round):
                 served.unlink()

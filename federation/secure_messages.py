@@ -106,7 +106,7 @@ class Terms(Settings):
     @property
     def num_limbs(self) -> int:
         """Elements that carry the number of examples."""
-        return -(-self.max_examples.bit_length() // (self.bits - 1))
+        return num_limbs(self.max_examples, self.bits)
 
     @property
     def num_elements(self) -> int:
@@ -116,7 +116,23 @@ class Terms(Settings):
     @property
     def masked_bytes(self) -> int:
         """Length of a masked vector with its head."""
-        return KEY_BYTES + self.num_elements * self.ring_bits // 8
+        return masked_bytes(
+            self.num_coordinates,
+            cohort=self.cohort,
+            bits=self.bits,
+            max_examples=self.max_examples,
+        )
+
+
+def num_limbs(max_examples: int, bits: int) -> int:
+    """Return the elements that carry a number of examples."""
+    return -(-max_examples.bit_length() // (bits - 1))
+
+
+def masked_bytes(num_coordinates: int, *, cohort: int, bits: int, max_examples: int) -> int:
+    """Return the length of a masked vector with its head. Arguments as the fields of `Terms`."""
+    width = ring_bits(2**bits - 1, cohort) // 8
+    return KEY_BYTES + (num_coordinates + num_limbs(max_examples, bits)) * width
 
 
 class Advertisement(Settings):
@@ -190,6 +206,18 @@ class Revealed(Settings):
 
     context: Hex32
     shares: Annotated[tuple[ShareOrNone, ...], Field(max_length=MAX_COHORT)]
+
+
+class Opening(Settings):
+    """All that was said up to the stage ``reveal``, from which a killed server goes on."""
+
+    terms: Terms
+    sites: tuple[str, ...]
+    """What the server calls each member of the roster, in its order."""
+    roster: Roster
+    sealed: Sealed
+    survivors: Survivors
+    agreements: Agreements
 
 
 Message = TypeVar("Message", bound=Settings)

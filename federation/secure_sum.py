@@ -19,8 +19,9 @@ send sites different adapters or settings and keep one sum: they are in the term
 
 **Sites that collude with the server** (c of n) subtract what they sent: the others are hidden among
 at least t - c. They must be fewer than 2t - n, else the cohort can be split and told two stories;
-with ``default_threshold`` that bears any third. A site that lies can end the round or spoil the
-sum (a masked vector cannot be looked at: no robust rule works under it), but it opens nothing.
+two thirds and one (federation.settings.default_threshold) bears any third. A site that lies can end
+the round or spoil the sum (a masked vector cannot be looked at: no robust rule works under it), but
+it opens nothing.
 
 **What the sum itself says.** It may say much about one site when the cohort is small, and the sums
 of two rounds more than one: hence the policy's least cohort, and record-level noise beside it. A
@@ -39,9 +40,8 @@ no network, disk or clock. The site's half: client.secure_sum. Messages: federat
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -58,6 +58,7 @@ from federation.secure_messages import (
     Advertisement,
     Agreement,
     Agreements,
+    Opening,
     Revealed,
     Roster,
     Sealed,
@@ -76,40 +77,14 @@ from federation.secure_messages import (
     write,
 )
 from federation.shamir import reconstruct
+from federation.weighted_sum import WeightedSum
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from federation.masking import Ring
 
 
 _PIECE = 1 << 16
 """Elements that are unpacked at a time."""
-
-
-def default_threshold(cohort: int) -> int:
-    """Return the threshold that bears a third of the cohort colluding with the server."""
-    return 2 * cohort // 3 + 1
-
-
-@dataclass(frozen=True)
-class WeightedSum:
-    """What the server learned."""
-
-    terms: Terms
-    sites: tuple[str, ...]
-    """Whose vectors are in it."""
-    total_examples: int
-    """Of these sites, each counted up to ``max_examples``."""
-    elements_N: Ring
-    """The sum in the ring, the limbs of the number of examples at its end."""
-
-    def mean(self, start: int, count: int) -> NDArray[np.float64]:
-        """Return a piece of the weighted mean of the vectors."""
-        terms = self.terms
-        piece_N = signed(self.elements_N[start : start + count], terms.ring_bits)
-        unit = terms.clip / terms.half * terms.max_examples / self.total_examples
-        return piece_N.astype(np.float64) * unit
 
 
 class SecureSum:
@@ -161,13 +136,7 @@ class SecureSum:
             Stage.SHARE: lambda: write(self._roster),
             Stage.MASK: lambda: write(self._sealed),
             Stage.AGREE: lambda: write(self._survivors),
-            Stage.REVEAL: lambda: write(
-                Agreements(
-                    session=self._session,
-                    signers=tuple(sorted(self._signatures)),
-                    signatures=tuple(self._signatures[m] for m in sorted(self._signatures)),
-                )
-            ),
+            Stage.REVEAL: lambda: write(self._agreements()),
         }
         return requests[self._current()]()
 
@@ -192,6 +161,27 @@ class SecureSum:
         self.waiting.discard(site)
         takes[stage](site, reply)
 
+    def drop(self, site: str) -> None:
+        """Wait no longer for a site in this stage: it has dropped out."""
+        self.waiting.discard(site)
+
+    @property
+    def revealed(self) -> set[str]:
+        """The sites that showed their shares."""
+        return {site for site, place in self._places.items() if place in self._revealed}
+
+    @property
+    def num_came(self) -> int:
+        """How many good replies the current stage has."""
+        came: dict[Stage, Collection[object]] = {
+            Stage.ADVERTISE: self._advertisements,
+            Stage.SHARE: self._sealed_by,
+            Stage.MASK: self._summed,
+            Stage.AGREE: self._signatures,
+            Stage.REVEAL: self._revealed,
+        }
+        return len(came[self._current()])
+
     def close(self) -> None:
         """End the current stage with the replies there are, and begin the next one.
 
@@ -200,14 +190,7 @@ class SecureSum:
                 over then.
         """
         stage, terms = self._current(), self.terms
-        came: dict[Stage, Collection[object]] = {
-            Stage.ADVERTISE: self._advertisements,
-            Stage.SHARE: self._sealed_by,
-            Stage.MASK: self._summed,
-            Stage.AGREE: self._signatures,
-            Stage.REVEAL: self._revealed,
-        }
-        if (count := len(came[stage])) < terms.threshold:
+        if (count := self.num_came) < terms.threshold:
             way_out = (
                 "those that revealed refuse this round from now on, so go on to the next one"
                 if stage == Stage.REVEAL
@@ -236,6 +219,57 @@ class SecureSum:
         if self._sum is None:
             raise SecureSumError("the sum is not open")
         return self._sum
+
+    def opening(self) -> Opening:
+        """Return what the last stage goes on from after a kill, beside the masked sum.
+
+        Nothing in it is secret from the server. Whoever goes on asks the very same request, which a
+        site answers with the very same shares.
+
+        Raises:
+            ValueError: The stage is not ``reveal``.
+        """
+        if self.stage != Stage.REVEAL:
+            raise ValueError(f"the stage is {self.stage}: expected {Stage.REVEAL}")
+        return Opening(
+            terms=self.terms,
+            sites=tuple(sorted(self._places, key=self._places.__getitem__)),
+            roster=self._roster,
+            sealed=self._sealed,
+            survivors=self._survivors,
+            agreements=self._agreements(),
+        )
+
+    @property
+    def masked_sum(self) -> Ring:
+        """The sum with all masks in it."""
+        return self._elements_N
+
+    @classmethod
+    def reopened(cls, opening: Opening, masked_sum_N: Ring) -> Self:
+        """Go on at the stage ``reveal`` with the very sets that it began with."""
+        one = cls(opening.terms, opening.sites)
+        one._places = {site: place for place, site in enumerate(opening.sites)}
+        one._roster, one._sealed, one._survivors = (
+            opening.roster,
+            opening.sealed,
+            opening.survivors,
+        )
+        one._elements_N, one._summed = masked_sum_N, set(opening.survivors.members)
+        agreements = opening.agreements
+        one._signatures = dict(zip(agreements.signers, agreements.signatures, strict=True))
+        one._contexts[Stage.MASK] = sealed_context(opening.roster, opening.sealed)
+        agreed = survivors_context(opening.roster, opening.sealed, opening.survivors)
+        one._begin(Stage.REVEAL, one._signatures, agreed)
+        return one
+
+    def _agreements(self) -> Agreements:
+        signers = tuple(sorted(self._signatures))
+        return Agreements(
+            session=self._session,
+            signers=signers,
+            signatures=tuple(self._signatures[signer] for signer in signers),
+        )
 
     def _current(self) -> Stage:
         if self.stage is None:
@@ -350,7 +384,7 @@ class SecureSum:
             )
         self._sum = WeightedSum(
             terms=terms,
-            sites=tuple(names[place] for place in sorted(self._summed)),
+            sites=tuple(sorted(names[place] for place in self._summed)),
             total_examples=total,
             elements_N=self._elements_N,
         )

@@ -5,6 +5,7 @@ Flower's run config holds scalars only and flattens tables to dotted keys (`trai
 silently ignored is worse than a run that does not start.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,6 +84,27 @@ class RobustSettings(Settings):
     modules, before any average; a longer one is shortened. 0 = no bound."""
 
 
+class SecureSumSettings(Settings):
+    """Sums of updates of which the server learns nothing else (federation.secure_sum)."""
+
+    enabled: bool = False
+    threshold: Annotated[int, Field(ge=0, le=64)] = 0
+    """Sites that each stage needs, and least sites in a sum: more than half of those that a round
+    asks. 0 = two thirds of them and one, which bears that any third sides with the server."""
+    clip: Annotated[float, Field(gt=0, le=1e6)] = 0.01
+    """Largest change of one number of an update, in either direction; what is beyond it is cut. A
+    step of AdamW changes a number by about its learning rate, so learning_rate * num_steps hardly
+    cuts. Much more only costs precision."""
+    bits: Annotated[int, Field(ge=2, le=32)] = 16
+    """Of a number before the sum: 2 * clip / 2**bits is the step to which it is rounded, at
+    random and right on average."""
+    max_examples: Annotated[int, Field(ge=1, le=1_000_000_000)] = 1
+    """1 = all sites count alike. More = by examples, up to this many; the server learns how many
+    those in a sum have together. A site with few of very many loses precision."""
+    stage_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    """Longest wait for the replies of a stage that trains nothing."""
+
+
 AGGREGATIONS = Literal[
     "products",
     "factors",
@@ -136,6 +158,7 @@ class FederationSettings(Settings):
     wire: WireSettings = WireSettings()
     server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
     robust: RobustSettings = RobustSettings()
+    secure_sum: SecureSumSettings = SecureSumSettings()
     training: dict[str, Any] = {}
     """Passed on to the sites as it is: client.settings.TrainingSettings."""
 
@@ -203,6 +226,60 @@ class FederationSettings(Settings):
                 "or bfloat16"
             )
         return self
+
+    @model_validator(mode="after")
+    def _secure_sum_fits(self) -> Self:
+        if self.secure_sum.enabled and (fault := _secure_sum_fault(self)):
+            raise ValueError(f"secure_sum.enabled is true and {fault}")
+        return self
+
+    def num_asked(self, num_connected: int) -> int:
+        """Return how many of the connected sites a round asks."""
+        # 0.07 * 100 is 7.000000000000001: that must not become 8.
+        return max(self.quorum, math.ceil(self.fraction_train * num_connected - 1e-9))
+
+    @property
+    def secure_terms(self) -> dict[str, Any]:
+        """The terms of every round's secure sum, as the sites judge them."""
+        table, cohort = self.secure_sum, self.num_asked(self.num_sites)
+        return {
+            "cohort": cohort,
+            "threshold": table.threshold or default_threshold(cohort),
+            "clip": table.clip,
+            "bits": table.bits,
+            "max_examples": table.max_examples,
+        }
+
+
+def default_threshold(cohort: int) -> int:
+    """Return the threshold that bears a third of the cohort colluding with the server."""
+    return 2 * cohort // 3 + 1
+
+
+def _secure_sum_fault(settings: FederationSettings) -> str:
+    """Return the first thing that does not fit a secure sum, and what would; or ""."""
+    terms, wire = settings.secure_terms, settings.wire
+    cohort, threshold = terms["cohort"], terms["threshold"]
+    faults = {
+        f"aggregation {settings.aggregation}, which looks at each update by itself: use "
+        "alternating, or factors": settings.aggregation not in ("alternating", "factors"),
+        f"wire.uplink {wire.uplink}: what comes up has a format of its own (secure_sum.bits), so "
+        'leave it at "float32"': wire.uplink != "float32",
+        f"wire.downlink {wire.downlink}: all sites must train the very same adapter, whatever they "
+        "held before, so use float32 or bfloat16": wire.downlink in ("int8", "int4"),
+        "late_replies fold: a site's change cannot be read, so set "
+        'late_replies="drop"': settings.late_replies == "fold",
+        "simulated_sites is set: a secure sum needs sites that have a trainer and an identity "
+        "(client daemon)": bool(settings.simulated_sites),
+        f"a round asks {cohort} sites: expected 3 to 64 (num_sites * fraction_train)": not (
+            3 <= cohort <= 64
+        ),
+        f"secure_sum.threshold {threshold} of the {cohort} sites that a round asks: expected more "
+        "than half and at most all": not cohort < 2 * threshold <= 2 * cohort,
+        f"quorum {settings.quorum} above the threshold {threshold}: raise secure_sum.threshold "
+        "instead, below which a sum stays closed": settings.quorum > threshold,
+    }
+    return next((fault for fault, is_there in faults.items() if is_there), "")
 
 
 def needed_updates(aggregation: str, num_byzantine: int) -> int:

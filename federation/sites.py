@@ -1,6 +1,6 @@
 """The sites of a federation as the rounds see them: what they are asked and what they answer.
 
-`server_app` implements `Sites` with a Flower grid, the tests in memory.
+`grid_sites` implements `Sites` with a Flower grid, the tests in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,6 +36,15 @@ class Request:
     """Fewest updates in the average: the quorum; 0 = not said."""
     metrics: tuple[str, ...] = METRICS
     """Names of the numbers that are wanted beside the update."""
+    secure_sum: Mapping[str, int | float] | None = None
+    """The terms of a secure sum (client.request.SecureSumTerms), of which this asks a stage."""
+    stage: str = ""
+    """federation.secure_messages.Stage. In all but the first ``message`` is what that module says,
+    not an adapter."""
+    attempt: int = 0
+    """At the round's secure sum, from 1 on."""
+    max_reply_bytes: int = 1 << 62
+    """A longer update is refused, where it can be before it is in memory."""
     simulation: Mapping[str, str] | None = None
     """In simulation only: where the base model and the sites' folders are."""
 
@@ -47,7 +56,11 @@ class Reply:
     site: str
     server_round: int
     """Of the request that it answers."""
+    stage: str = ""
+    """Of the request that it answers, like ``attempt``."""
+    attempt: int = 0
     update: bytes | memoryview | None = None
+    """In a secure sum what the site says in this stage."""
     error: str | None = None
     lacks_reference: bool = False
     """The error is that the site does not hold the adapter that a change stands on."""

@@ -85,7 +85,8 @@ def summarise(
         - ``state``: "running", "finished" or "failed" (then with a ``reason``); a server that was
           killed says nothing, so its run looks "running" and ``idle_s`` grows;
         - ``resumed``: how often it was; ``rounds_done``: the last finished round;
-        - ``rounds``: a row a finished round, without ``seconds``, ``aggregation_seconds`` and
+        - ``rounds``: a row a finished round, whose ``train_loss`` is None where the run did not ask
+          for losses, without ``seconds``, ``aggregation_seconds`` and
           ``aggregation_error`` where a kill came between its commit and its event; ``current``:
           the one under way, or None;
         - ``site_rows``: a row a site, ``rounds_behind`` counting finished rounds since the last

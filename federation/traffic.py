@@ -4,7 +4,6 @@ A message is counted exactly as `federation.wire` writes it, header included. Wh
 around it (a few hundred bytes of records) is left out, and so is what TLS makes of it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,8 +47,7 @@ def largest_rank(settings: FederationSettings) -> int:
 def num_asked(settings: FederationSettings, num_connected: int | None = None) -> int:
     """Return how many of the connected sites (default: ``num_sites``) a round asks."""
     connected = settings.num_sites if num_connected is None else num_connected
-    # 0.07 * 100 is 7.000000000000001: that must not become 8.
-    return max(settings.quorum, math.ceil(settings.fraction_train * connected - 1e-9))
+    return settings.num_asked(connected)
 
 
 def planned_message(

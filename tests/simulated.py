@@ -16,6 +16,7 @@ import json
 import struct
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from federation.adapter import Adapter, LowRank
 from federation.sites import Reply, Request
@@ -233,6 +234,8 @@ class LocalGrid:
         self.server_context = Context(1, 1, {}, RecordDict(), dict(run_config))
         self.spoil: Callable[[object], list[object]] = lambda message: [message]
         """What becomes of a message that is pulled: [] drops it, two are a duplicate."""
+        self.answer = _answer_of_the_app
+        """What a site makes of a message and its context."""
         self._replies: dict[str, object] = {}
         self._count = 0
 
@@ -242,18 +245,22 @@ class LocalGrid:
 
     def push_messages(self, messages: Sequence[object]) -> list[str]:
         """Answer each message at once."""
-        from client.client_app import app
-
         ids = []
         for message in messages:
             self._count += 1
             message.metadata.__dict__["_message_id"] = f"message-{self._count}"  # as a SuperLink
             ids.append(message.metadata.message_id)
             context = self.contexts[message.metadata.dst_node_id]
-            self._replies[ids[-1]] = app(message, context)
+            self._replies[ids[-1]] = self.answer(message, context)
         return ids
 
     def pull_messages(self, message_ids: Sequence[str]) -> list[object]:
         """Return the answers to some messages."""
         found = [self._replies.pop(name) for name in message_ids if name in self._replies]
         return [arrived for message in found for arrived in self.spoil(message)]
+
+
+def _answer_of_the_app(message: Any, context: Any) -> Any:
+    from client.client_app import app
+
+    return app(message, context)

@@ -146,6 +146,16 @@ class LocalSuperlink:
             self.state.store_object(self.run_id, session, object_id, part.deflate())
         return str(message.object_id)
 
+    def grid(self) -> Any:
+        """Return what a run's ServerApp gets: flwr's client with the token of the run."""
+        from flwr.superlink.grid.http_grid import HttpGrid
+
+        certificate = self.certificate.read_bytes()
+        made: Any = HttpGrid(self.address, False, certificate, token=self.token)
+        (run,) = self.state.get_run_info(run_ids=[self.run_id])
+        made.set_run(run)
+        return made
+
     def take_reply(self, message_id: str) -> tuple[Message, list[str]] | None:
         """Take a reply as the ServerApp does: its head, and the ids of its objects."""
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree

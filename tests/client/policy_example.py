@@ -10,6 +10,7 @@ from typing import Any
 from client.accountant import PrivacyEvent
 from client.ledger import Spent
 from client.policy import Policy
+from client.policy_template import policy_template
 from client.request import RequestError, parse_request
 from client.verdict import judge
 
@@ -36,7 +37,7 @@ REQUEST: dict[str, Any] = {
         "record_clip_norm": 0.5,
     },
     "metrics": ["seconds", "train_loss"],
-    "secure_sum": {"cohort": 5, "threshold": 4, "clip": 1.5, "bits": 32},
+    "secure_sum": {"cohort": 5, "threshold": 4, "clip": 1.5, "bits": 24, "max_examples": 1},
     "adapter": {
         "base_model": BASE,
         "content_digest": ADAPTER,
@@ -57,7 +58,11 @@ POLICY: dict[str, Any] = {
     },
     "training": {"max_steps": 8, "max_batch": 32, "max_tokens": 256, "max_rounds": 4},
     "traffic": {"uplink": ["bfloat16"], "max_round_bytes": 1000, "max_run_bytes": 3000},
-    "aggregation": {"kinds": ["alternating"], "min_cohort": 4},
+    "aggregation": {
+        "kinds": ["alternating"],
+        "min_cohort": 4,
+        "cohort": ["1" * 64, "2" * 64, "3" * 64],
+    },
     "privacy": {"noise_floor": 4.0, "max_record_clip_norm": 0.5, "epsilon": 8.0, "delta": 1e-6},
     "metrics": {"allowed": ["seconds", "train_loss"], "max_count": 2},
     "quiet_hours": {
@@ -85,6 +90,25 @@ def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
             table = table.setdefault(part, {})
         table[name] = value
     return tree
+
+
+def opened_template(epsilon: float) -> str:
+    """Return the template's policy.toml as an officer opens it to runs of three sites.
+
+    Any base model and any run; two sites may make an average, each of whose updates the server sees
+    by itself; the data may spend ``epsilon``.
+    """
+    text = policy_template()
+    for before, after in (
+        ("base = []", 'base = ["any"]'),
+        ("allowed = []", 'allowed = ["any"]'),
+        ("secure_sum_required = true", "secure_sum_required = false"),
+        ("min_cohort = 3", "min_cohort = 2"),
+        ("epsilon = 8.0", f"epsilon = {epsilon}"),
+    ):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
 
 
 def without(tree: dict[str, Any], name: str) -> dict[str, Any]:

@@ -95,6 +95,13 @@ def test_a_request_of_old_gets_a_whole_float32_update_and_leaves_no_state(server
     assert not (server.directory / "state").exists()
 
 
+@pytest.mark.parametrize("metrics", [["seconds"], ["train_loss", "num-examples"], []])
+def test_only_the_numbers_that_are_asked_for_leave(server: Server, metrics: list[str]) -> None:
+    reply = server.ask(1, server.whole(), metrics=metrics)
+    assert update_of(reply)
+    assert set(reply.content["result"]) == set(metrics)
+
+
 @pytest.mark.parametrize("factors", ["A", "B"])
 @pytest.mark.parametrize("uplink", ["float32", "int8"])
 def test_a_frozen_factor_comes_back_bit_for_bit(server: Server, factors: str, uplink: str) -> None:

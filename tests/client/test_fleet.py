@@ -2,8 +2,6 @@
 
 import base64
 import contextlib
-import importlib
-import inspect
 import json
 import threading
 from collections.abc import Iterator
@@ -18,11 +16,9 @@ from client.fleet import FleetNode
 from client.in_hand import Memory
 from client.superlink import FleetError, FleetKeyError, Stopped
 from federation.errors import UserError
+from tests.private_names import TESTED, fields, parameters, unlisted
 
 ROOT = Path(__file__).parents[2]
-TESTED = ("1.41.0",)
-"""Versions of flwr with which the tests of this file were run."""
-
 FUNCTIONS = {
     "flwr.app.message.make_message": "metadata content error",
     "flwr.app.message.remove_content_from_message": "message",
@@ -91,49 +87,23 @@ MESSAGES = {
 """Every protobuf message that it fills or reads, with the fields that it needs."""
 
 
-def found(name: str) -> Any:
-    """Return what a dotted name stands for."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            value: Any = importlib.import_module(".".join(parts[:end]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[end:]:
-            value = getattr(value, part)
-        return value
-    raise AssertionError(name)
-
-
 def test_this_version_of_flwr_is_one_that_was_tested() -> None:
     assert flwr.__version__ in TESTED
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_private_function_has_the_parameters_it_had(name: str) -> None:
-    assert list(inspect.signature(found(name)).parameters) == FUNCTIONS[name].split()
+    assert parameters(name) == FUNCTIONS[name].split()
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_a_protobuf_message_has_the_fields_we_use(name: str) -> None:
-    fields = {field.name for field in found(f"flwr.proto.{name}").DESCRIPTOR.fields}
-    assert set(MESSAGES[name].split()) <= fields
+    assert set(MESSAGES[name].split()) <= fields(name)
 
 
 def test_every_private_name_of_the_node_is_in_the_list() -> None:
-    source = (ROOT / "client" / "flower.py").read_text(encoding="utf-8")
-    tree = __import__("ast").parse(source)
-    imported = {
-        f"{node.module}.{alias.name}"
-        for node in tree.body
-        if node.__class__.__name__ == "ImportFrom"
-        and str(node.module).startswith("flwr.")
-        and node.module != "flwr.app"
-        for alias in node.names
-    }
     listed = {*FUNCTIONS, *(f"flwr.proto.{name}" for name in MESSAGES)}
-    missing = [name for name in imported if not any(known.startswith(name) for known in listed)]
-    assert sorted(missing) == [
+    assert unlisted(ROOT / "client" / "flower.py", listed, ["flwr.app"]) == [
         "flwr.app.message.Message",
         "flwr.proto.message_pb2.Message",
         "flwr.supercore.inflatable.inflatable_utils.ObjectPullError",

@@ -66,7 +66,9 @@ def test_the_template_loads_and_allows_nothing_until_it_names_a_base_and_a_run()
     with_base = text.replace("base = []", f'base = ["{BASE}"]')
     assert refused_by(request, loaded(with_base)) == "runs.allowed"
     with_run = with_base.replace("allowed = []", f'allowed = ["{RUN}"]')
-    assert refused_by(request, loaded(with_run)) == ""
+    assert refused_by(request, loaded(with_run)) == "aggregation.cohort"
+    with_cohort = with_run.replace("cohort = []", 'cohort = ["any"]')
+    assert refused_by(request, loaded(with_cohort)) == ""
 
 
 def test_the_template_mentions_every_key() -> None:

@@ -20,6 +20,7 @@ NOON = "2026-11-24T12:00+00:00"
 def write_policy(tmp_path: Path, *, base: str = BASE, extra: str = "") -> Path:
     text = policy_template().replace("base = []", f'base = ["{base}"]')
     text = text.replace("allowed = []", f'allowed = ["{RUN}"]')
+    text = text.replace("cohort = []", 'cohort = ["any"]')
     path = tmp_path / "policy.toml"
     path.write_text(text + extra, encoding="utf-8")
     return path

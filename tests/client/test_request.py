@@ -89,7 +89,12 @@ FAULTS: list[tuple[str, Any]] = [
     ("cohort", 4),
     ("secure_sum__threshold", 2),
     ("secure_sum__threshold", 6),
-    ("secure_sum__bits", 65),
+    ("secure_sum__bits", 33),
+    ("secure_sum__cohort", 65),
+    ("secure_sum__max_examples", 0),
+    ("stage", "open"),
+    ("stage", "mask"),
+    ("attempt", 1),
     ("secure_sum__clip", 0),
     ("signature", "0" * 127),
     ("adapter__rank", 1025),
@@ -206,7 +211,8 @@ def test_the_facts_of_the_message_replace_what_the_run_claims() -> None:
 def test_a_secure_sum_is_counted_in_ring_elements() -> None:
     request = facts(parsed(changed(REQUEST, secure_sum__bits=24)))
     assert request.adapter is not None
-    assert request.adapter.num_bytes == 4 * (64 + 128) * 3 + 32
+    # 24 bits of 5 sites take 27, so 4 bytes; one element more carries the weights.
+    assert request.adapter.num_bytes == (4 * (64 + 128) + 1) * 4 + 32
 
 
 def test_facts_that_no_adapter_can_have_are_refused() -> None:

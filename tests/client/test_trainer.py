@@ -130,6 +130,22 @@ def test_the_answer_is_what_the_round_gives_and_a_second_ask_is_read_from_disk(
     assert [question.is_repeated for question in bench.asked] == [False, True]
 
 
+def test_the_rounds_after_the_first_load_nothing_again_and_say_what_they_took(
+    bench: Bench, tiny_model: Path
+) -> None:
+    from client import round as site_round
+
+    caches = (site_round.resident_model, site_round._digest, site_round._examples)
+    misses = []
+    for server_round in range(1, 4):
+        assert bench.ask(head_of(server_round), message_of(tiny_model)).head["code"] == 0
+        misses.append([cache.cache_info().misses for cache in caches])
+    assert misses[0] == misses[1] == misses[2]
+    said = [values for event, values in bench.said if event == "answered"]
+    assert len({values["num_model_loads"] for values in said}) == 1
+    assert all(0 < values["training_s"] < values["seconds"] for values in said)
+
+
 def test_the_policy_sees_what_the_message_itself_says(bench: Bench, tiny_model: Path) -> None:
     message = message_of(tiny_model)
     bench.ask(head_of(), message)
@@ -558,7 +574,7 @@ def test_an_app_asks_again_while_the_trainer_is_started_anew(
 def test_parts_read_back_what_was_written() -> None:
     head, chunks = read_parts(write_parts(b'{"a": 1}', iter([b"x", b"yz"])))
     assert (read_object(head), list(chunks)) == ({"a": 1}, [b"x", b"yz"])
-    assert read_head(json.dumps(head_of(7)).encode())[1].server_round == 7
+    assert read_head(json.dumps(head_of(7)).encode()).request.server_round == 7
 
 
 def test_the_generated_code_is_that_of_the_proto_file(tmp_path: Path) -> None:

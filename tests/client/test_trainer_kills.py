@@ -37,5 +37,7 @@ def test_no_command_and_no_setting_of_the_product_reaches_the_key_of_the_noise()
         *("trainer.py", "trainer_service.py"),
     }
     assert {n for n, text in sources.items() if "key=key" in text} == {
-        *("privacy.py", "round.py", "trainer.py"),
+        *("privacy.py", "round.py"),
     }
+    assert {n for n, text in sources.items() if "key=self.key(" in text} == {"trainer.py"}
+    assert {n for n, text in sources.items() if "key=trainer.key(" in text} == {"secure_round.py"}

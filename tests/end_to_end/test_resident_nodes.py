@@ -15,6 +15,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from client.accountant import PrivacyEvent, epsilon_of
 from client.ledger import LEDGER, read_ledger
 from client.round import RoundRequest, answer_round
 from client.settings import TrainingSettings
@@ -24,6 +25,7 @@ from federation.rounds import run_rounds
 from federation.settings import FederationSettings, load_settings
 from federation.sites import Reply, Request
 from federation.status import summarise
+from tests.client.policy_example import opened_template
 from tests.conftest import write_records, write_tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -191,33 +193,38 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
     """Two sites whose daemons run; their directories have short paths, for the sockets."""
     root = Path(tempfile.mkdtemp(prefix="fedge-"))
-    sites = []
-    for name in NAMES:
-        directory = root / name
-        key = make_node_key(directory)
-        made.flwr("supernode", "register", str(key.with_suffix(".pub")))
-        values = {
-            "superlink": f"127.0.0.1:{made.sites_port}",
-            "root_certificate": str(made.certificates / "ca.crt"),
-            "node_key": "node",
-            "base_model": str(inputs / "base"),
-            "data": str(inputs / f"{name}.jsonl"),
-            "policy": "policy.toml",
-            "state": "state",
-            "name": name,
-            "log": "site.log",
-            "drain_s": 120.0,
-        }
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-        (directory / "site.toml").write_text("\n".join(lines) + "\n")
-        (directory / "policy.toml").write_text(POLICY)
-        site = Institution(name, directory, made)
-        site.start()
-        sites.append(site)
+    sites = [new_institution(made, inputs, root / name, POLICY) for name in NAMES]
     made.services.wait_until(lambda: made.num_online() == 2, "the connection of both", 120)
     yield sites
     made.services.end([site.program for site in sites])
     shutil.rmtree(root)
+
+
+def new_institution(
+    made: Deployment, inputs: Path, directory: Path, policy: str, **more: Any
+) -> Institution:
+    """Return a registered site whose daemon was started; it is called as its directory is."""
+    name = directory.name
+    key = make_node_key(directory)
+    made.flwr("supernode", "register", str(key.with_suffix(".pub")))
+    values = {
+        "superlink": f"127.0.0.1:{made.sites_port}",
+        "root_certificate": str(made.certificates / "ca.crt"),
+        "node_key": "node",
+        "base_model": str(inputs / "base"),
+        "data": str(inputs / f"{name}.jsonl"),
+        "policy": "policy.toml",
+        "state": "state",
+        "name": name,
+        "log": "site.log",
+        "drain_s": 120.0,
+    } | more
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    (directory / "site.toml").write_text("\n".join(lines) + "\n")
+    (directory / "policy.toml").write_text(policy)
+    site = Institution(name, directory, made)
+    site.start()
+    return site
 
 
 def submit(made: Deployment, inputs: Path, out: Path, num_rounds: int, **more: Any) -> str:
@@ -389,3 +396,47 @@ def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
     made.services.end([site.program])
     config.write_text(before)
     site.start()
+
+
+def test_a_private_run_goes_on_without_the_site_whose_budget_is_spent(
+    made: Deployment, institutions: list[Institution], inputs: Path, tmp_path: Path
+) -> None:
+    made.services.end([site.program for site in institutions])
+    cost = PrivacyEvent(noise_multiplier=2.0, sampling_rate=4 / 30, steps=2)
+    one, two = (epsilon_of([cost] * rounds, 1e-6) for rounds in (1, 2))
+    budgets = {"archive": 8.0, "court": 8.0, "school": (one + two) / 2}
+    root = Path(tempfile.mkdtemp(prefix="fedge-"))
+    private = []
+    for name, budget in budgets.items():
+        write_records(inputs / f"{name}.jsonl", 30, topic=name)
+        private.append(new_institution(made, inputs, root / name, opened_template(budget)))
+    made.services.wait_until(lambda: made.num_online() == 3, "the connection of three", 120)
+    more = {
+        "num_sites": 3,
+        "round_attempts": 1,
+        "aggregation": "alternating",
+        "metrics": "seconds",
+        "wire.uplink": "float32",
+        "wire.downlink": "float32",
+        "training.batch_size": 4,
+        "training.noise_multiplier": 2.0,
+    }
+    run = submit(made, inputs, tmp_path / "run", 3, **more)
+    made.services.wait_until(lambda: is_finished(made, run), "the end of the run", 400)
+    summary = summarise(tmp_path / "run" / "events.jsonl")
+    assert summary["state"] == "finished", summary
+    assert [row["num_updates"] for row in summary["rounds"]] == [3, 2, 2]
+    assert {row["train_loss"] for row in summary["rounds"]} == {None}
+    assert [failure["server_round"] for failure in summary["failures"]] == [2, 3]
+    assert all("(privacy.epsilon)" in failure["reason"] for failure in summary["failures"])
+    for site, rounds in zip(private, (3, 3, 1), strict=True):
+        rows = read_ledger(site.directory / "state" / LEDGER).rows
+        assert [(row.server_round, row.event) for row in rows] == [
+            (server_round, cost) for server_round in range(1, rounds + 1)
+        ]
+        assert {tuple(row.metrics) for row in rows} == {("seconds",)}
+    made.services.end([site.program for site in private])
+    shutil.rmtree(root)
+    for site in institutions:
+        site.start()
+    made.services.wait_until(lambda: made.num_online() == 2, "the return of both", 120)

@@ -60,6 +60,16 @@ def test_adapter_directory_round_trip(tiny_model: Path, tmp_path: Path) -> None:
         assert torch.equal(loaded.modules[name].a_RI, factors.a_RI)
 
 
+def test_a_rank_of_one_is_written_whatever_the_stride_of_its_columns(tmp_path: Path) -> None:
+    wide = torch.arange(96, dtype=torch.float32).view(3, 32)
+    factors = LowRank(wide[:, 5:6], wide.T[:4, 1:2].T)
+    name = "model.layers.0.self_attn.q_proj"
+    write_adapter(tmp_path / "out", Adapter(1, 1.0, {name: factors}), "tiny")
+    again = read_adapter(tmp_path / "out").modules[name]
+    assert torch.equal(again.b_OR, wide[:, 5:6])
+    assert torch.equal(again.a_RI, wide[1:2, :4])
+
+
 def test_peft_itself_loads_the_directory_to_the_same_logits(
     tiny_model: Path, tmp_path: Path
 ) -> None:

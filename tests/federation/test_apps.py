@@ -11,7 +11,7 @@ from client.batches import encode_records
 from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer
 from client.records import read_records
-from federation import server_app
+from federation import grid_sites, server_app
 from federation.adapter import read_adapter
 from federation.events import AdapterResent, SiteFailed, UpdateReceived, read_events
 from federation.status import summarise
@@ -230,6 +230,28 @@ def test_a_malformed_reply_costs_only_its_site(
     assert summarise(tmp_path / "run" / "events.jsonl")["rounds"][0]["num_updates"] == 1
 
 
+def test_a_damaged_number_that_nobody_asked_for_costs_nothing(
+    run_config: dict[str, object], tmp_path: Path
+) -> None:
+    from flwr.app import MetricRecord
+
+    def spoil(message: Message) -> list[Message]:
+        assert set(message.content["result"]) == {"seconds"}
+        if message.metadata.src_node_id == 100:
+            damaged = {"num-examples": float("inf"), "train_loss": [1.0, 2.0], "seconds": 1.5}
+            message.content["result"] = MetricRecord(damaged)
+        return [message]
+
+    grid = LocalGrid(partitions(2), run_config | {"num_rounds": 1, "metrics": "seconds"})
+    grid.spoil = spoil
+    server_app.main(grid, grid.server_context)
+    log = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    updates = [event for event in log if isinstance(event, UpdateReceived)]
+    assert len(updates) == 2
+    assert {(u.num_examples, u.train_loss) for u in updates} == {(None, None)}
+    assert 1.5 in {u.seconds for u in updates}
+
+
 def test_a_reply_whose_body_is_no_protobuf_costs_only_its_site(
     run_config: dict[str, object], tmp_path: Path
 ) -> None:
@@ -358,7 +380,7 @@ def test_a_superlink_that_cannot_be_asked_is_no_fault_of_a_site(
 def test_the_superlink_is_not_kept_busy_by_being_asked(
     waited_s: float, look_s: float, expected_s: float
 ) -> None:
-    assert server_app.pause_s(waited_s, look_s) == pytest.approx(expected_s)
+    assert grid_sites.pause_s(waited_s, look_s) == pytest.approx(expected_s)
 
 
 def test_a_simulation_resumes_with_nothing_but_its_directory(

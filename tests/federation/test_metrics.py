@@ -9,7 +9,7 @@ from rich.console import Console
 
 from federation.adapter import read_adapter
 from federation.events import RoundFinished, SiteFailed, UpdateReceived
-from federation.metrics import METRICS, mean_of, metric_names
+from federation.metrics import METRICS, count_in, mean_of, metric_names, number_in
 from federation.server_app import _say
 from federation.settings import SettingsError
 from federation.status import summarise
@@ -53,8 +53,15 @@ def test_a_site_that_withholds_an_asked_number_is_named_and_the_others_go_on(
     run(sites, settings())
     (failed,) = events(settings(), SiteFailed)
     assert (failed.site, failed.server_round) == ("b", 2)
-    assert failed.reason == f"the reply lacks {name}, which this run asks for (setting metrics)"
+    assert failed.reason == f"the reply brings no number {name}, which this run asks for"
     assert len(events(settings(), UpdateReceived)) == 5
+
+
+@pytest.mark.parametrize("said", ["many", [1, 2], None, float("inf"), float("nan")])
+def test_what_is_no_count_is_none(said: object) -> None:
+    assert count_in({"num-examples": said}, "num-examples") is None
+    assert count_in({"num-examples": 12.0}, "num-examples") == 12
+    assert number_in({}, "seconds") is None
 
 
 def test_without_counts_every_site_weighs_the_same(settings: Settings, tmp_path: Path) -> None:

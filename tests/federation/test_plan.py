@@ -10,7 +10,12 @@ from federation.base_model import ModelError, projection_shapes, read_config, we
 from federation.header import message_bytes
 from federation.plan import Plan, make_plan
 from federation.server_costs import Machine, aggregation_seconds, peak_memory, server_memory
-from federation.settings import FederationSettings, load_settings, needed_updates
+from federation.settings import (
+    FederationSettings,
+    SettingsError,
+    load_settings,
+    needed_updates,
+)
 from federation.traffic import down_traffic, num_asked, up_traffic
 from federation.wire import encode
 
@@ -208,6 +213,40 @@ def test_seconds_are_the_flops_of_the_docstring() -> None:
 def test_what_a_figure_leaves_out_is_said(values: dict[str, object], sentence: str) -> None:
     (note,) = plan(**values).notes
     assert sentence in note
+
+
+PRIVATE = {"training__noise_multiplier": 1.5, "aggregation": "alternating", "metrics": "seconds"}
+
+
+def test_a_plan_says_what_protects_the_text_and_what_the_coordinator_sees() -> None:
+    assert "No differential privacy" in plan().privacy
+    assert "update and, beside it, num-examples, train_loss, seconds;" in plan().privacy
+    private = plan(**PRIVATE)
+    assert "DP-SGD with noise multiplier 1.5" in private.privacy
+    assert private.privacy.endswith("each site's update and, beside it, seconds.")
+    assert plan(**PRIVATE | {"metrics": ""}).privacy.endswith("update and no number beside it.")
+    assert private.notes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"metrics": "train_loss,seconds"}, "no noise covers train_loss, and a site"),
+        ({"aggregation": "products"}, "both factors of the adapter learn at once"),
+    ],
+)
+def test_a_private_run_that_sites_may_refuse_is_noted(
+    change: dict[str, object], sentence: str
+) -> None:
+    (note,) = plan(**PRIVATE | change).notes
+    assert sentence in note
+
+
+def test_a_noise_that_is_no_number_is_one_sentence() -> None:
+    # Of `--set training.noise_multiplier=…` there is text to be read; the sites read the rest.
+    assert "multiplier 0.7." in plan(training__noise_multiplier="0.7").privacy
+    with pytest.raises(SettingsError, match="noise_multiplier is 'much': expected a number"):
+        plan(training__noise_multiplier="much")
 
 
 def test_plain_settings_need_no_note() -> None:

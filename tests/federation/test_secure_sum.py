@@ -27,7 +27,8 @@ from federation.secure_messages import (
     subject_of,
     write,
 )
-from federation.secure_sum import SecureSum, default_threshold
+from federation.secure_sum import SecureSum
+from federation.settings import default_threshold
 from federation.shamir import join
 from tests.secure_cohort import LENGTH, STAGES, Cohort, terms_of
 

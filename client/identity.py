@@ -1,0 +1,71 @@
+"""A site's identity in secure sums: one Ed25519 key, for life.
+
+The sites of a federation tell each other the public halves, and not by way of the coordinator:
+each policy lists them (`[aggregation] cohort`). A coordinator that could choose who is in a cohort
+could play all members but one (federation.secure_sum).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from federation.atomic import sync_directory
+from federation.settings import SettingsError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+def read_identity(path: Path) -> Ed25519PrivateKey:
+    """Return the private key of a file.
+
+    Raises:
+        SettingsError: The file is missing or holds no unencrypted Ed25519 key in PEM.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SettingsError(
+            f"identity_key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
+            "`client identity`"
+        )
+    return key
+
+
+def new_identity(path: Path) -> Ed25519PrivateKey:
+    """Make a key, for its owner's eyes only.
+
+    Raises:
+        SettingsError: There is a file already: the other sites' policies list its public half.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+    )
+
+    if path.exists():
+        raise SettingsError(f"{path} exists already: a site keeps its identity for life")
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not by way of `federation.atomic`, whose files all may read.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
+    return key
+
+
+def public_identity(key: Ed25519PrivateKey) -> str:
+    """Return the public half as policies list it: 64 hex digits."""
+    return key.public_key().public_bytes_raw().hex()

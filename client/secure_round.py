@@ -1,0 +1,246 @@
+"""A site's part in the secure sum of one round, behind its policy and its ledger.
+
+The stage ``advertise`` comes with the adapter. The site trains it then, before it says its keys: so
+a site that is slow or down is missing from the roster, and costs nothing later. What it trained is
+kept like any answer (`client.answers`): as the plain change of the factors, which leaves in
+no other form than masked. Each attempt at the round's sum masks that same change.
+
+The other stages bring what the server relays. They are judged like the first one, by the same head
+and by what was read from its message. The masked vector is on disk, and in the ledger, before
+a byte of it leaves.
+
+    STATE/secure/run-<id>/round.json     the facts of the round's adapter
+                          attempt.json, masked: client.secure_sum_state
+
+Shape letters: N numbers of a piece of the change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import ValidationError
+
+from client.answers import Answers
+from client.reasons import Refused
+from client.request import parse_request
+from client.round import Answer, open_received, train_received
+from client.secure_sum_state import SecureSumSite
+from client.site_state import SiteStateError
+from client.trainer import Facts, Question, Reply, Said, Trainer, facts_of
+from federation.adapter import Adapter
+from federation.atomic import write_atomically
+from federation.header import FACTORS, num_numbers
+from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.settings import Settings
+from federation.wire import Update
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROOT = "secure"
+"""Directory of secure sums in a site's state directory."""
+_PIECE = 1 << 18
+"""Numbers of a change that are masked at a time."""
+
+
+class Round(Settings):
+    """What a site remembers of a round's first stage for the others."""
+
+    question: str
+    """`Question.digest`."""
+    data_set: str
+    """Digest of the records that it was trained on."""
+    base_model: str
+    rank: int
+    alpha: float
+    shapes: dict[str, tuple[int, int]]
+    num_bytes: int
+    adapter: str
+
+    @property
+    def facts(self) -> Facts:
+        """What its message said of its adapter."""
+        return Facts(**self.model_dump(exclude={"question", "data_set"}))
+
+
+def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> Reply:
+    """Answer one stage of a secure sum.
+
+    Args:
+        trainer: Whose site and gate.
+        said: The head of the question, with ``stage``, ``attempt`` and ``secure_sum``.
+        message: The adapter in the first stage, later what the server relays.
+        scratch: Directory for the answer.
+
+    Raises:
+        RequestError: The head is no request.
+        Refused: The policy does not allow it, or the records are others now.
+        SecureSumError: The protocol does not allow it.
+        SiteStateError: What the site kept is damaged.
+    """
+    stage = Stage(parse_request(said.content).stage)
+    run, server_round = said.request.run, said.request.server_round
+    member = trainer.gate.membership()
+    site = SecureSumSite(trainer.site.state / ROOT, run, member)
+    metrics: dict[str, float] = {}
+    if stage == Stage.ADVERTISE:
+        question = _trained(trainer, said, message)
+        path = _spooled(scratch, site.advertise(terms_of(question)))
+    else:
+        question = _asked_again(trainer, said)
+        trainer.gate.allow(question)
+        if stage == Stage.MASK:
+            path, metrics = _masked(trainer, site, question, message.read_bytes())
+        else:
+            path = _spooled(scratch, site.answer(stage, message.read_bytes()))
+    num_bytes = path.stat().st_size
+    trainer.say("answered", run=run, server_round=server_round, stage=stage, num_bytes=num_bytes)
+    return Reply(trainer.reply_head(num_bytes, metrics), path)
+
+
+def terms_of(question: Question) -> Terms:
+    """Return the whole terms of an attempt, as this site knows them.
+
+    Raises:
+        SecureSumError: This site trains fewer slices than the adapter has.
+    """
+    asked = parse_request(question.content)
+    if asked.secure_sum is None:
+        raise AssertionError("a request with a stage has terms")
+    trains = question.request.trains
+    return Terms(
+        run=asked.run,
+        server_round=asked.server_round,
+        attempt=asked.attempt,
+        subject=subject_of(question.adapter, trains, asked.training),
+        num_coordinates=num_numbers(question.shapes, question.rank, trains),
+        **asked.secure_sum.model_dump(),
+    )
+
+
+def change_bytes(trained: Adapter, received: Update, factors: str) -> bytes:
+    """Return what training changed, as float32 in the order of a message's tensors.
+
+    Raises:
+        SecureSumError: It is not finite.
+    """
+    parts = []
+    for module in sorted(trained.shapes()):
+        for factor in FACTORS[factors]:
+            rows_RC = trained.rows(module, factor, trained.rank)
+            change_RC = rows_RC - received.rows(module, factor, trained.rank)
+            parts.append(change_RC.flatten().numpy())
+    change_N = np.concatenate(parts).astype("<f4", copy=False)
+    if not np.isfinite(change_N).all():
+        raise SecureSumError("the training gave NaN or infinity: lower the learning rate")
+    return change_N.tobytes()
+
+
+def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
+    """Return the question of the first stage, once its answer is on disk."""
+    site, request = trainer.site, said.request
+    received = open_received(message, site, request)
+    if site.rank is not None and site.rank < received.rank:
+        raise SecureSumError(
+            f"this site trains rank {site.rank} of {received.rank}: a secure sum adds whole "
+            "adapters, so expected all"
+        )
+    facts = facts_of(received, site)
+    question = said.about(facts)
+    data_set = trainer.gate.data_set
+
+    def train() -> Answer:
+        # Before the training: what is kept of it must not be taken for other records'.
+        _write(site.state, request.run, question, data_set, facts)
+        trained, answer = train_received(
+            received, site, said.settings, request, key=trainer.key(request)
+        )
+        return replace(answer, update=change_bytes(trained, received, request.trains))
+
+    trainer.kept_answer(question, train)
+    _refuse_other_records(_read(site.state, said), question, data_set)
+    return question
+
+
+def _asked_again(trainer: Trainer, said: Said) -> Question:
+    """Return the question of a later stage: that of the first."""
+    kept = _read(trainer.site.state, said)
+    if kept is None or (question := said.about(kept.facts)).digest != kept.question:
+        raise SecureSumError(
+            f"round {said.request.server_round}: this site advertised for no such round, or on "
+            "other terms: begin with stage advertise"
+        )
+    _refuse_other_records(kept, question, trainer.gate.data_set)
+    return question
+
+
+def _masked(
+    trainer: Trainer, site: SecureSumSite, question: Question, request: bytes
+) -> tuple[Path, dict[str, float]]:
+    """Return the file of the masked change, which is in the ledger, and what leaves beside it."""
+    run, server_round = question.request.run, question.request.server_round
+    answers = Answers(trainer.site.state, run)
+    kept = answers.find(server_round, question.digest)
+    if kept is None:
+        raise SiteStateError(f"the answer to round {server_round} is gone: it cannot be masked")
+    # How numbers are rounded is no secret, and the same in every attempt: so two attempts mask
+    # the same integers.
+    rng = np.random.default_rng(int(kept.sha256, 16))
+    path = site.masked_vector(request, _pieces(answers.path(kept)), kept.num_examples, rng)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
+    trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
+    return path, dict(kept.metrics)
+
+
+def _pieces(path: Path) -> Iterator[NDArray[np.float32]]:
+    with path.open("rb") as file:
+        while raw := file.read(4 * _PIECE):
+            yield np.frombuffer(raw, "<f4")
+
+
+def _spooled(scratch: Path, content: bytes) -> Path:
+    path = scratch / "answer"
+    path.write_bytes(content)
+    return path
+
+
+def _refuse_other_records(kept: Round | None, question: Question, data_set: str) -> None:
+    """Let nothing leave that is charged to other records than it was trained on.
+
+    Raises:
+        Refused: The records changed since the round was trained.
+    """
+    if kept is None or (kept.question, kept.data_set) != (question.digest, data_set):
+        raise Refused(
+            "data_set", "this site's records changed since it trained this round: go on to another"
+        )
+
+
+def _path(state: Path, run: str) -> Path:
+    return state / ROOT / f"run-{run}" / "round.json"
+
+
+def _write(state: Path, run: str, question: Question, data_set: str, facts: Facts) -> None:
+    kept = Round(question=question.digest, data_set=data_set, **vars(facts))
+    (state / ROOT).mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(_path(state, run), kept.model_dump_json())
+
+
+def _read(state: Path, said: Said) -> Round | None:
+    path = _path(state, said.request.run)
+    if not path.is_file():
+        return None
+    try:
+        return Round.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise SiteStateError(
+            f"{path} is damaged: remove it; this site then drops out of the round"
+        ) from None

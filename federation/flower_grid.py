@@ -1,0 +1,343 @@
+"""A run's messages to its sites and their replies, with flwr's own client of the SuperLink.
+
+This is the one file of this room that uses names of flwr that are not public.
+`tests/federation/test_flower_grid.py` holds each of them to the signature that it had in the
+versions named there. Of other grids (a simulation's) the public functions are used.
+
+What flwr's own grid leaves open, and is closed here: it asks for one reply after another and waits
+for the objects of a reply that is announced, 1 s at first and without end, so that one slow site
+holds the replies of all others; it takes in whatever length a site sends; and it gives a run up
+when an answer of the SuperLink to an upload is lost.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import httpx
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectRequest,
+)
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_object_contents_from_iterable,
+)
+from flwr.superlink.grid.http_grid import HttpGrid
+
+RETRY_S = (0.03, 2.0)
+"""First and longest wait before a reply that was not whole is tried again; flwr has 1 and 10 s."""
+PUSHES = 5
+"""How often messages are pushed again when the SuperLink did not take one of their objects."""
+FAULTS_S = (0.2, 0.4, 0.8, 1.6, 3.2)
+"""Waits after an answer with status 500: the SuperLink's fault, but perhaps not the next time."""
+_OBJECTS, _OBJECT_BYTES = 64, 1 << 18
+"""A reply may have so many objects, and one more for so many bytes: flwr cuts at 5 MB."""
+_RECORD_BYTES = 1 << 20
+"""What a reply may hold beside its update."""
+TOO_LONG = "the reply is longer than an update of this run's adapter can be: it was not taken in"
+
+_log = logging.getLogger(__name__)
+
+
+class PushError(Exception):
+    """The SuperLink does not take the messages."""
+
+
+class ReplyError(Exception):
+    """A reply cannot be had, whatever is waited for."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A reply, or why there is none."""
+
+    message_id: str
+    """Of the message that it answers."""
+    message: Message | None
+    reason: str = ""
+
+
+class Post(Protocol):
+    """Messages out, replies in. One reply is in memory at a time."""
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Send messages; return their ids, nothing for one that the SuperLink does not take."""
+        ...
+
+    def look(self, message_ids: Iterable[str]) -> None:
+        """Ask which of these messages are answered; `take` brings the replies."""
+        ...
+
+    def take(self, limits: Mapping[str, int]) -> Taken | None:
+        """Return a reply that is there whole, or None.
+
+        Args:
+            limits: By id of the message: the longest update that is taken in. Replies to others
+                are forgotten.
+        """
+        ...
+
+
+def open_post(grid: Grid) -> Post:
+    """Return the post that goes with a grid."""
+    return HttpPost(grid) if isinstance(grid, HttpGrid) else PublicPost(grid)
+
+
+class PublicPost:
+    """By the public functions of any grid. It asks for one message id at a time."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._ids: deque[str] = deque()
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Send messages; return their ids, nothing for one that the SuperLink does not take."""
+        return list(self._grid.push_messages(messages))
+
+    def look(self, message_ids: Iterable[str]) -> None:
+        """Note what `take` asks for."""
+        self._ids = deque(message_ids)
+
+    def take(self, limits: Mapping[str, int]) -> Taken | None:
+        """Return the first reply that is there. What reading it raises is its site's."""
+        while self._ids:
+            message_id = self._ids.popleft()
+            if message_id not in limits:
+                continue
+            try:
+                messages = list(self._grid.pull_messages([message_id]))
+            except (httpx.HTTPError, OSError):  # the SuperLink's, or this machine's
+                raise
+            except Exception as error:  # whatever one site sends must not end the others' run
+                return Taken(message_id, None, f"the reply is not readable ({_name(error)})")
+            if messages:
+                return Taken(message_id, messages[0])
+        return None
+
+
+@dataclass
+class _Announced:
+    """A reply that the SuperLink knows of, while its content may still be on its way."""
+
+    root: str
+    object_ids: tuple[str, ...]
+    """Of its objects, those that a site uploads last first."""
+    next_try: float = 0.0
+    wait_s: float = RETRY_S[0]
+
+
+class HttpPost:
+    """By flwr's client of the Runtime API, as `HttpGrid` holds it."""
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+        self._client: Any = grid._runtime_client
+        self._announced: dict[str, _Announced] = {}
+        self._done: list[str] = []
+        """Replies whose objects may go: said in the next look, when nobody waits for it."""
+        self._room = 0
+        """Bytes that the reply in hand may still have."""
+        self._lock = threading.Lock()
+        # Before a response's body is read, so that no site chooses this process's memory.
+        self._client._client.event_hooks["response"].append(self._refuse_long)
+
+    def push(self, messages: Sequence[Message]) -> list[str | None]:
+        """Send messages; return their ids, nothing for one that the SuperLink does not take.
+
+        The same message pushed again is the same message, and the SuperLink asks for what it has
+        not. So an object that it did not take, because it has it (it was ended before it could
+        say so) or because it forgot the whole message (180 s without an upload), is mended by
+        pushing again.
+
+        Raises:
+            PushError: It did not take them ``PUSHES`` times, or refuses requests of this size.
+        """
+        run_id = self._grid.run.run_id
+        with no_object_id_recompute():
+            for message in messages:
+                message.metadata.__dict__["_message_id"] = message.object_id
+            objects: dict[str, Any] = {}
+            for message in messages:
+                objects.update(get_all_nested_objects(message))
+            request = PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(m)) for m in messages],
+                message_object_trees=[get_object_tree(message) for message in messages],
+            )
+            for _ in range(PUSHES):
+                response = self._call(self._client.PushMessages, request)
+                missing = set(response.objects_to_push)
+                if self._upload(run_id, str(response.session_id), objects, missing):
+                    return [message_id or None for message_id in response.message_ids]
+                _log.warning("the SuperLink did not take every object: pushing again")
+        raise PushError(f"the SuperLink did not take the objects of the messages {PUSHES} times")
+
+    def look(self, message_ids: Iterable[str]) -> None:
+        """Ask, in one request, which of these messages are answered."""
+        self._let_go()
+        wanted = [name for name in message_ids if name not in self._announced]
+        if not wanted:
+            return
+        response = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=wanted))
+        for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            metadata = head.metadata
+            if metadata.reply_to_message_id in wanted:
+                self._announced[metadata.reply_to_message_id] = _Announced(
+                    metadata.message_id, _last_first(tree)
+                )
+
+    def take(self, limits: Mapping[str, int]) -> Taken | None:
+        """Return the first announced reply that is there whole.
+
+        One that is not is left for later, with growing pauses: it costs the others nothing.
+        """
+        for message_id in self._announced.keys() - limits.keys():
+            del self._announced[message_id]
+        for message_id, announced in list(self._announced.items()):
+            if time.monotonic() < announced.next_try:
+                continue
+            try:
+                message = self._fetch(announced, limits[message_id])
+            except (httpx.HTTPError, OSError):
+                raise
+            except ReplyError as error:
+                taken = Taken(message_id, None, str(error))
+            except Exception as error:  # whatever one site sends must not end the others' run
+                taken = Taken(message_id, None, f"the reply is not readable ({_name(error)})")
+            else:
+                if message is None:
+                    announced.next_try = time.monotonic() + announced.wait_s
+                    announced.wait_s = min(2 * announced.wait_s, RETRY_S[1])
+                    continue
+                taken = Taken(message_id, message)
+            del self._announced[message_id]
+            self._done.append(announced.root)
+            return taken
+        return None
+
+    def _fetch(self, announced: _Announced, max_bytes: int) -> Message | None:
+        """Return a reply, or None while it is not whole: nothing is waited for.
+
+        What a site uploads last is asked for first, and the first object that is not there ends the
+        try: little comes in vain.
+
+        Raises:
+            ReplyError: It is too long, or its objects are gone.
+        """
+        if len(announced.object_ids) > _OBJECTS + max_bytes // _OBJECT_BYTES:
+            raise ReplyError(f"the reply has {len(announced.object_ids)} objects: too many")
+        self._room = max_bytes + _RECORD_BYTES
+        gone: list[str] = []
+
+        def pull(object_id: str) -> bytes:
+            request = PullObjectRequest(
+                node=self._grid.node, run_id=self._grid.run.run_id, object_id=object_id
+            )
+            answer = self._call(self._client.PullObject, request)
+            if not answer.object_found:
+                gone.append(object_id)
+                raise ObjectPullError(object_id, "gone")
+            if not answer.object_available:
+                raise ObjectUnavailableError(object_id)
+            content: bytes = answer.object_content
+            with self._lock:
+                self._room -= len(content)
+            if self._room < 0:
+                raise ReplyError(TOO_LONG)
+            return content
+
+        try:
+            contents = pull_objects(list(announced.object_ids), pull, max_tries_per_object=1)
+        except ObjectPullError:
+            if not gone:
+                return None
+            raise ReplyError(
+                "the site announced a reply and did not upload it before the SuperLink's push "
+                "session ended"
+            ) from None
+        message = cast("Message", inflate_object_from_contents(announced.root, contents))
+        message.metadata.__dict__["_message_id"] = announced.root
+        return message
+
+    def _upload(
+        self, run_id: int, session: str, objects: Mapping[str, Any], missing: set[str]
+    ) -> bool:
+        """Push objects; return whether the SuperLink took each of them."""
+
+        # Deflated here, when its turn comes: flwr's function queues all that it is given.
+        def push(object_id: str, _: bytes) -> None:
+            request = PushObjectRequest(
+                node=self._grid.node,
+                run_id=run_id,
+                object_id=object_id,
+                object_content=objects[object_id].deflate(),
+                session_id=session,
+            )
+            if not self._call(self._client.PushObject, request).stored:
+                raise ObjectPushError(object_id, run_id, session)
+
+        wanted = [(name, b"") for name in objects if name in missing]
+        try:
+            push_object_contents_from_iterable(wanted, push)
+        except ObjectPushError:
+            return False
+        return True
+
+    def _let_go(self) -> None:
+        """Let the objects of the replies that were taken in go."""
+        while self._done:
+            request = ConfirmMessageReceivedRequest(
+                node=self._grid.node,
+                run_id=self._grid.run.run_id,
+                message_object_id=self._done.pop(),
+            )
+            self._call(self._client.ConfirmMessageReceived, request)
+
+    def _refuse_long(self, response: httpx.Response) -> None:
+        if response.request.url.path.endswith("/pull-object"):
+            length = int(response.headers.get("content-length", 0))
+            if length > self._room + 1024:  # an object's id and type stand beside its content
+                raise ReplyError(TOO_LONG)
+
+    def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+        """Make a request. flwr's client itself waits while the SuperLink is away."""
+        for wait in FAULTS_S:
+            try:
+                return method(request)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+                    raise PushError("a request is too large (413)") from None
+                if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
+                    raise
+            time.sleep(wait)
+        return method(request)
+
+
+def _last_first(tree: ObjectTree) -> tuple[str, ...]:
+    """Return the ids of a tree's objects, each once, in the reverse order of their upload."""
+    return tuple(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))[::-1]
+
+
+def _name(error: Exception) -> str:
+    return type(error).__name__

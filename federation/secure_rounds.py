@@ -1,0 +1,330 @@
+"""One round's exchange where the server may learn the sum of the updates and none of them.
+
+Five stages after another (federation.secure_messages), each one request to the sites and one reply
+of each. The first brings the adapter, and is answered by the sites that have trained it; the others
+train nothing. A site that is silent, fails or answers wrongly in a stage has dropped out of the
+attempt. Where too few are left, the attempt ends with nothing revealed, and the next one asks anew
+with keys of its own: what the sites trained is kept by them, and not trained again.
+
+**A killed server.** An attempt's number is on disk before anything of it is sent and serves once,
+so whatever was under way is given up, but for one stage. In the last one the sites show their
+shares, and a site that did refuses every other attempt of the round. So what that stage stands on
+is on disk before it begins (`SecureSum.opening`), and is gone on with: the same request to the same
+members, which they answer with the same bytes. Where they answer no more, or lied, the round is
+lost: the adapter stays as it was, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from federation import events
+from federation.exchange import Gathered, Outgoing, Part, RoundError, draw, request_of
+from federation.header import WireError, num_numbers
+from federation.metrics import check_metrics, without_unasked
+from federation.secure_memory import SecureMemory
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
+from federation.secure_sum import SecureSum
+from federation.sites import Reply, Request, Sites
+from federation.weighted_sum import SummedFactors
+from federation.wire import open_update, write_message
+
+if TYPE_CHECKING:
+    from federation.settings import FederationSettings
+    from federation.weighted_sum import WeightedSum
+
+_MAX_NAMED = 3
+"""Reasons that an error quotes; all are in the log."""
+
+
+@dataclass
+class _Attempt:
+    """One attempt at a round's sum."""
+
+    secure: SecureSum
+    request: Request
+    """What is asked, but for the stage and its message."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Of the sites whose masked vector came."""
+    reasons: list[str] = field(default_factory=list)
+
+
+class SecureExchange:
+    """Asks the sites of a run for a sum, round after round."""
+
+    def __init__(
+        self,
+        sites: Sites,
+        settings: FederationSettings,
+        *,
+        run: str,
+        spool: Path,
+        log: events.EventLog,
+        clock: Callable[[], float],
+        sleep: Callable[[float], None],
+    ) -> None:
+        """Nothing is sent before `gather`. Arguments as `federation.exchange.Exchange`."""
+        self._sites = sites
+        self._settings = settings
+        self._run = run
+        self._spool = spool
+        self._memory = SecureMemory(spool.with_name("secure"))
+        self._log = log
+        self._clock = clock
+        self._sleep = sleep
+        self._silent: set[str] = set()
+        """Sites that did not answer the last time: others are asked before them."""
+
+    def gather(self, server_round: int, outgoing: Outgoing, trains: str) -> Gathered:
+        """Return the mean of the sites' updates as one, or the adapter as it was sent.
+
+        Raises:
+            RoundError: No sum was opened in any attempt, or too few sites for the first round.
+        """
+        shutil.rmtree(self._spool, ignore_errors=True)
+        self._spool.mkdir(parents=True)
+        subject = subject_of(
+            outgoing.served.sha256_of_content,
+            trains,
+            {key: value for key, value in self._settings.training.items() if value is not None},
+        )
+        request = request_of(self._settings, self._run, server_round, outgoing.message, trains)
+        request = replace(request, secure_sum=self._settings.secure_terms, cohort=self._cohort)
+        held = self._memory.opening(server_round, subject)
+        if held is not None:
+            secure, parts = held
+            attempt = _Attempt(secure, replace(request, attempt=secure.terms.attempt), dict(parts))
+        else:
+            attempt = self._masked(request, outgoing, subject)
+            self._memory.keep_opening(attempt.secure, attempt.parts)
+        total = self._open(attempt)
+        if total is None:
+            return Gathered([outgoing.served], [1], [], {"sites": [], **_in_words(attempt)})
+        return self._averaged(attempt, total, outgoing, trains)
+
+    @property
+    def _cohort(self) -> int:
+        return int(self._settings.secure_terms["cohort"])
+
+    def _masked(self, request: Request, outgoing: Outgoing, subject: str) -> _Attempt:
+        """Make attempts until one has all masked vectors summed and signed for.
+
+        Raises:
+            RoundError: None had.
+        """
+        settings, reasons = self._settings, []
+        for number in range(1, settings.round_attempts + 1):
+            is_first = request.server_round == 1 and number == 1
+            asked = self._asked(request.server_round, number, is_first=is_first)
+            terms = Terms(
+                run=self._run,
+                server_round=request.server_round,
+                attempt=self._memory.next_attempt(request.server_round),
+                subject=subject,
+                num_coordinates=num_numbers(
+                    outgoing.served.shapes(), outgoing.served.rank, request.trains
+                ),
+                **settings.secure_terms,
+            )
+            if len(asked) < terms.threshold:
+                reasons.append(f"{len(asked)} sites are connected, {terms.threshold} are needed")
+                continue
+            attempt = _Attempt(SecureSum(terms, asked), replace(request, attempt=terms.attempt))
+            try:
+                while attempt.secure.stage != Stage.REVEAL:
+                    self._run_stage(attempt)
+                    attempt.secure.close()
+            except SecureSumError as error:
+                reasons += [str(error), *attempt.reasons[:_MAX_NAMED]]
+                continue
+            return attempt
+        raise RoundError(
+            f"round {request.server_round}: no secure sum in {settings.round_attempts} attempts "
+            f"({'; '.join(reasons[:_MAX_NAMED])}); every reason is in {self._log.path}. Nothing "
+            "was opened and the last adapter stays: mend the sites and resume the run"
+        )
+
+    def _asked(self, server_round: int, number: int, *, is_first: bool) -> list[str]:
+        """Return whom an attempt asks: those that answered last, as the seed draws them.
+
+        Raises:
+            RoundError: Too few sites for the first round.
+        """
+        settings = self._settings
+        needed = settings.num_sites if is_first else int(settings.secure_terms["threshold"])
+        connected = self._sites.wait_for(needed, settings.round_timeout_s)
+        if is_first and len(connected) < needed:
+            raise RoundError(
+                f"round 1: {len(connected)} of {needed} sites are connected after "
+                f"{settings.round_timeout_s:g} s: start the others, or lower num_sites"
+            )
+        count = min(self._cohort, settings.num_asked(len(connected)))
+        seed = f"{settings.seed}/{server_round}/{number}"
+        asked = draw(sorted(set(connected) - self._silent), count, seed)
+        asked += draw(sorted(set(connected) & self._silent), count - len(asked), seed)
+        return sorted(asked)
+
+    def _run_stage(self, attempt: _Attempt) -> None:
+        """Ask the sites of a stage, and take in replies until all answered or time is up."""
+        secure, settings = attempt.secure, self._settings
+        stage, asked = _stage(secure), sorted(secure.waiting)
+        message = attempt.request.message
+        timeout_s = settings.round_timeout_s
+        if stage == Stage.ADVERTISE:
+            number = secure.terms.attempt
+            self._log.write(
+                events.RoundStarted(
+                    attempt.request.server_round, asked, message.stat().st_size, number
+                )
+            )
+        else:
+            message, timeout_s = self._spool / stage, settings.secure_sum.stage_timeout_s
+            message.write_bytes(secure.request())
+        longest = secure.terms.masked_bytes if stage == Stage.MASK else MAX_MESSAGE_BYTES
+        request = replace(attempt.request, stage=stage, message=message, max_reply_bytes=longest)
+        self._sites.send(asked, request)
+        deadline = self._clock() + timeout_s
+        while secure.waiting and self._clock() < deadline:
+            if not self._take_next(attempt, stage):
+                self._sleep(0.05)
+        while secure.waiting and self._take_next(attempt, stage):
+            pass  # what had come by then counts, however long the checks before it took
+        self._silent -= set(asked)
+        self._silent |= secure.waiting
+        for site in sorted(secure.waiting):
+            self._fail(attempt, site, stage, f"no reply within {timeout_s:g} s")
+
+    def _take_next(self, attempt: _Attempt, stage: Stage) -> bool:
+        """Take in one reply, if one is there; what was not asked in this stage is passed over."""
+        reply = self._sites.receive()
+        if reply is None:
+            return False
+        request, secure = attempt.request, attempt.secure
+        is_asked = (reply.server_round, reply.attempt, reply.stage) == (
+            *(request.server_round, request.attempt),
+            stage,
+        )
+        if not is_asked or reply.site not in secure.waiting:
+            return True
+        try:
+            self._take(attempt, stage, reply)
+        except (SecureSumError, WireError) as error:
+            secure.drop(reply.site)
+            self._fail(attempt, reply.site, stage, str(error))
+        return True
+
+    def _take(self, attempt: _Attempt, stage: Stage, reply: Reply) -> None:
+        if reply.update is None:
+            raise WireError(reply.error or "the site sent neither an answer nor an error")
+        if stage != Stage.MASK:
+            attempt.secure.take(reply.site, reply.update)
+            return
+        asked = self._settings.asked_metrics
+        check_metrics(reply, asked)
+        attempt.secure.take(reply.site, reply.update)
+        digest, num_bytes = hashlib.sha256(reply.update).hexdigest(), len(reply.update)
+        reply = replace(without_unasked(reply, asked), update=None)
+        attempt.parts[reply.site] = Part(reply, digest)
+        self._log.write(
+            events.UpdateReceived(
+                server_round=reply.server_round,
+                site=reply.site,
+                name=reply.name,
+                sha256=digest,
+                num_bytes=num_bytes,
+                num_examples=reply.num_examples,
+                train_loss=reply.train_loss,
+                seconds=reply.seconds,
+            )
+        )
+
+    def _fail(self, attempt: _Attempt, site: str, stage: Stage, reason: str) -> None:
+        attempt.reasons.append(f"site {site}, stage {stage}: {reason}")
+        self._log.write(
+            events.SiteFailed(attempt.request.server_round, site, f"stage {stage}: {reason}")
+        )
+
+    def _open(self, attempt: _Attempt) -> WeightedSum | None:
+        """Return the opened sum, or None where it can never be opened.
+
+        Raises:
+            RoundError: Too few sites showed their shares, and they may do so later.
+        """
+        secure, tries = attempt.secure, self._settings.round_attempts
+        threshold, members = secure.terms.threshold, set(secure.waiting)
+        self._sites.wait_for(threshold, self._settings.round_timeout_s)
+        for _ in range(tries):
+            secure.waiting = {site for site in members if site not in secure.revealed}
+            self._run_stage(attempt)
+            if secure.num_came >= threshold:
+                break
+        server_round = attempt.request.server_round
+        if secure.num_came < threshold and not self._memory.is_tried:
+            self._memory.note_tried()
+            raise RoundError(
+                f"round {server_round}: {secure.num_came} sites answered in stage "
+                f"{Stage.REVEAL}, {threshold} are needed "
+                f"({'; '.join(attempt.reasons[:_MAX_NAMED])}). Nothing was opened, and the sites "
+                "refuse another sum of this round: start them again and resume the run, which asks "
+                "the same once more"
+            )
+        try:
+            secure.close()
+        except SecureSumError as error:
+            self._log.write(events.SumLost(server_round, str(error)))
+            return None
+        return secure.result
+
+    def _averaged(
+        self, attempt: _Attempt, total: WeightedSum, outgoing: Outgoing, trains: str
+    ) -> Gathered:
+        served = outgoing.served
+        path = self._spool / "sum.update"
+        write_message(
+            path,
+            SummedFactors(total, served, trains),
+            dtype="float32",
+            base_model=served.base_model,
+            reference=served,
+            factors=trains,
+        )
+        terms = total.terms
+        says_weights = terms.max_examples > 1
+        self._log.write(
+            events.SumOpened(
+                terms.server_round,
+                attempt=terms.attempt,
+                sites=list(total.sites),
+                cohort=terms.cohort,
+                threshold=terms.threshold,
+                total_examples=total.total_examples if says_weights else None,
+            )
+        )
+        facts = {"sites": list(total.sites), **_in_words(attempt)}
+        if says_weights:
+            facts["total_examples"] = total.total_examples
+        parts = [attempt.parts[site] for site in total.sites]
+        return Gathered([open_update(path, reference=served)], [1], parts, facts)
+
+
+def _stage(secure: SecureSum) -> Stage:
+    if secure.stage is None:
+        raise AssertionError("an attempt that is over is not gone on with")
+    return secure.stage
+
+
+def _in_words(attempt: _Attempt) -> dict[str, object]:
+    """Return the terms of an attempt for the lineage."""
+    names = {"attempt", "cohort", "threshold", "clip", "bits", "max_examples"}
+    return attempt.secure.terms.model_dump(include=names)

@@ -1,0 +1,328 @@
+"""The private names of flwr that a run's server uses, and its post against a real SuperLink."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flwr
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from client.superlink import FleetError
+from federation import flower_grid
+from federation.flower_grid import TOO_LONG, HttpPost, PublicPost, PushError, open_post
+from tests.private_names import TESTED, fields, parameters, unlisted
+from tests.simulated import LocalGrid
+
+ROOT = Path(__file__).parents[2]
+
+FUNCTIONS = {
+    "flwr.app.message.remove_content_from_message": "message",
+    "flwr.common.serde.message_to_proto": "message",
+    "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects": "obj",
+    "flwr.supercore.inflatable.inflatable_object.get_object_tree": "obj",
+    "flwr.supercore.inflatable.inflatable_object.iterate_object_tree": "tree",
+    "flwr.supercore.inflatable.inflatable_object.no_object_id_recompute": "",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPullError": "object_id reason",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectPushError": "object_id run_id session_id",
+    "flwr.supercore.inflatable.inflatable_utils.ObjectUnavailableError": "object_id",
+    "flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents": (
+        "object_id object_contents keep_object_contents objects"
+    ),
+    "flwr.supercore.inflatable.inflatable_utils.pull_objects": (
+        "object_ids pull_object_fn max_concurrent_pulls max_time max_tries_per_object "
+        "initial_backoff backoff_cap"
+    ),
+    "flwr.supercore.inflatable.inflatable_utils.push_object_contents_from_iterable": (
+        "object_contents push_object_fn max_concurrent_pushes"
+    ),
+    "flwr.supercore.runtime.RuntimeHttpClient.ConfirmMessageReceived": "self request",
+    "flwr.supercore.runtime.RuntimeHttpClient.PullMessages": "self request",
+    "flwr.supercore.runtime.RuntimeHttpClient.PullObject": "self request",
+    "flwr.supercore.runtime.RuntimeHttpClient.PushMessages": "self request",
+    "flwr.supercore.runtime.RuntimeHttpClient.PushObject": "self request",
+    "flwr.superlink.grid.http_grid.HttpGrid": (
+        "runtime_api_address insecure root_certificates token"
+    ),
+}
+"""Every function that federation.flower_grid uses and flwr does not promise."""
+
+MESSAGES = {
+    "message_pb2.ConfirmMessageReceivedRequest": "node run_id message_object_id",
+    "message_pb2.ObjectTree": "object_id children",
+    "message_pb2.PullObjectRequest": "node run_id object_id",
+    "message_pb2.PullObjectResponse": "object_found object_available object_content",
+    "message_pb2.PushObjectRequest": "node run_id object_id object_content session_id",
+    "message_pb2.PushObjectResponse": "stored",
+    "runtime_pb2.PullAppMessagesRequest": "message_ids",
+    "runtime_pb2.PullAppMessagesResponse": "messages_list message_object_trees",
+    "runtime_pb2.PushAppMessagesRequest": "messages_list message_object_trees",
+    "runtime_pb2.PushAppMessagesResponse": "message_ids objects_to_push session_id",
+}
+"""Every protobuf message that it fills or reads, with the fields that it needs."""
+
+
+def test_this_version_of_flwr_is_one_that_was_tested() -> None:
+    assert flwr.__version__ in TESTED
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_private_function_has_the_parameters_it_had(name: str) -> None:
+    assert parameters(name) == FUNCTIONS[name].split()
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_protobuf_message_has_the_fields_we_use(name: str) -> None:
+    assert set(MESSAGES[name].split()) <= fields(name)
+
+
+def test_every_private_name_of_the_server_is_in_the_list() -> None:
+    listed = {*FUNCTIONS, *(f"flwr.proto.{name}" for name in MESSAGES)}
+    source = ROOT / "federation" / "flower_grid.py"
+    assert unlisted(source, listed, ["flwr.app", "flwr.serverapp"]) == []
+
+
+def test_a_grid_that_is_no_connection_to_a_superlink_is_asked_by_its_public_functions() -> None:
+    assert isinstance(open_post(LocalGrid([], {})), PublicPost)
+
+
+# Against a real SuperLink
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from tests.superlink import LocalSuperlink
+
+    made = LocalSuperlink(tmp_path_factory.mktemp("superlink"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def post(superlink: Any) -> Iterator[HttpPost]:
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = superlink.run_id, 1, 1
+    grid = superlink.grid()
+    made = open_post(grid)
+    assert isinstance(made, HttpPost)
+    yield made
+    grid._disconnect()
+
+
+def node_of(superlink: Any) -> Any:
+    """Return the site's node; all its lives share a memory, as they must."""
+    import threading
+
+    from client.fleet import FleetNode
+
+    memory = superlink.directory / "memory"
+    memory.mkdir(exist_ok=True)
+    return FleetNode(
+        superlink.address,
+        superlink.certificate,
+        superlink.node_key,
+        memory=memory,
+        stop=threading.Event(),
+        say=lambda *_, **__: None,
+    )
+
+
+def message_to(node_id: int, content: bytes) -> Message:
+    records = {
+        "adapter": ArrayRecord({"adapter": Array(np.frombuffer(content, np.uint8))}),
+        "round": ConfigRecord({"server_round": 1}),
+    }
+    return Message(RecordDict(records), dst_node_id=node_id, message_type="train", ttl=600.0)
+
+
+def answer(node: Any, asked: Any, update: bytes) -> bool:
+    return bool(
+        node.reply(
+            asked,
+            arrays={"adapter": update},
+            metrics={"result": {"seconds": 1.0}},
+            configs={"site": {"name": "bank"}},
+            seconds=1.0,
+        )
+    )
+
+
+def taken(post: HttpPost, *message_ids: str, max_bytes: int = 1 << 30) -> Any:
+    """Look and take until there is a reply."""
+    limits = dict.fromkeys(message_ids, max_bytes)
+    while (reply := post.take(limits)) is None:
+        post.look(limits)
+    return reply
+
+
+def num_objects(superlink: Any) -> int:
+    from flwr.supercore.object_store.sql_object_store import StoredObject
+    from sqlalchemy import func, select
+
+    store = superlink.state.object_store
+    with store.session() as session:
+        return int(session.scalar(select(func.count()).select_from(StoredObject)))
+
+
+@pytest.mark.slow
+def test_a_message_reaches_its_site_and_the_reply_comes_back_whole(
+    superlink: Any, post: HttpPost
+) -> None:
+    content = bytes(range(256)) * 70_000  # more than one piece of Flower's 5 MB, with repetitions
+    update = np.random.default_rng(0).bytes(17_000_000)
+    with node_of(superlink) as node:
+        (message_id,) = post.push([message_to(superlink.node_id, content)])
+        assert message_id is not None
+        post.look([message_id])
+        assert post.take({message_id: 1 << 30}) is None
+        asked = node.receive()
+        assert bytes(asked.arrays["adapter"]) == content
+        assert answer(node, asked, update)
+        reply = taken(post, message_id)
+    assert reply.message.content["adapter"]["adapter"].numpy().tobytes() == update
+    assert reply.message.metadata.reply_to_message_id == message_id
+    post.look([])
+    assert num_objects(superlink) == 0, "what was taken in is let go"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_bytes", [10_000_000, 40_000_000])
+def test_a_reply_that_is_too_long_is_refused_before_it_is_in_memory(
+    superlink: Any,
+    post: HttpPost,
+    monkeypatch: pytest.MonkeyPatch,
+    num_bytes: int,
+) -> None:
+    """In many pieces, or in one: nothing is taken in beyond the bound and the records' megabyte."""
+    pieces = []
+    pull_object = post._client.PullObject
+    monkeypatch.setattr(
+        post._client,
+        "PullObject",
+        lambda request: pieces.append(pull_object(request)) or pieces[-1],  # type: ignore[func-returns-value]
+    )
+    if num_bytes > 30_000_000:
+        from flwr.app.message import array
+
+        monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 30)
+    with node_of(superlink) as node:
+        (message_id,) = post.push([message_to(superlink.node_id, b"adapter")])
+        assert message_id is not None
+        assert answer(node, node.receive(), np.random.default_rng(1).bytes(num_bytes))
+        reply = taken(post, message_id, max_bytes=7_000_000)
+    assert (reply.message, reply.reason) == (None, TOO_LONG)
+    assert sum(len(piece.object_content) for piece in pieces) <= 7_000_000 + (1 << 20)
+    post.look([])
+    assert num_objects(superlink) == 0
+
+
+@pytest.mark.slow
+def test_a_site_that_announces_and_never_uploads_costs_its_own_reply_alone(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.supercore.corestate import sql_corestate
+
+    with node_of(superlink) as node:
+        sent = [message_to(superlink.node_id, bytes([index])) for index in range(2)]
+        ids = [str(message_id) for message_id in post.push(sent)]
+        asked = node.receive()
+        monkeypatch.setattr(sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 3)
+        monkeypatch.setattr(node._client, "upload", lambda *_: set())
+        monkeypatch.setattr("client.fleet.PUSHES", 1)
+        with pytest.raises(FleetError, match="could not be uploaded"):
+            answer(node, asked, b"update" * 99)
+        monkeypatch.undo()
+        node.give_up()
+        post.look(ids)
+        assert post.take(dict.fromkeys(ids, 1 << 20)) is None
+        other = node.receive()
+        assert answer(node, other, b"whole")
+        reply = taken(post, *ids)
+        assert (reply.message_id, reply.message is None) == (other.message_id, False)
+        lost = taken(post, asked.message_id)
+    assert (lost.message_id, lost.message) == (asked.message_id, None)
+    assert "announced a reply and did not upload it" in lost.reason
+
+
+def as_if_answers_were_lost(post: HttpPost, monkeypatch: pytest.MonkeyPatch, point: int) -> None:
+    """Let the SuperLink do one request of a push, and ask again as if it had not answered."""
+    count = 0
+
+    def twice(method: Any) -> Any:
+        def call(request: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == point:
+                method(request)
+            return method(request)
+
+        return call
+
+    for name in ("PushMessages", "PushObject"):
+        monkeypatch.setattr(post._client, name, twice(getattr(post._client, name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", range(1, 9))
+def test_a_push_survives_the_loss_of_any_one_answer_of_the_superlink(
+    superlink: Any,
+    post: HttpPost,
+    monkeypatch: pytest.MonkeyPatch,
+    point: int,
+) -> None:
+    """As when the SuperLink is killed after it did what was asked and before it said so."""
+    as_if_answers_were_lost(post, monkeypatch, point)
+    content = bytes([point]) * 1000
+    with node_of(superlink) as node:
+        ids = post.push([message_to(superlink.node_id, content) for _ in range(2)])
+        for _ in ids:
+            asked = node.receive()
+            assert bytes(asked.arrays["adapter"]) == content
+            assert asked.message_id in ids
+            assert answer(node, asked, b"update")
+            assert taken(post, asked.message_id).message is not None
+        assert node.receive() is None, "each message is handed out once"
+
+
+@pytest.mark.slow
+def test_a_push_that_the_superlink_forgot_is_done_again_and_the_site_that_waits_gets_it(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage longer than a push session: the SuperLink lets the message go, head and all."""
+    from flwr.supercore.corestate import sql_corestate
+
+    push_messages = post._client.PushMessages
+    claimed = []
+
+    def expired(request: Any) -> Any:
+        monkeypatch.setattr(sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 0)
+        response = push_messages(request)
+        monkeypatch.setattr(sql_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 180)
+        monkeypatch.setattr(post._client, "PushMessages", push_messages)
+        claimed.append(node._client.pull(node.node_id))  # the site has the head by then
+        return response
+
+    monkeypatch.setattr(post._client, "PushMessages", expired)
+    with node_of(superlink) as node:
+        (message_id,) = post.push([message_to(superlink.node_id, b"adapter")])
+        assert claimed[0] is not None
+        content = node._client.fetch(node.node_id, claimed[0], 5.0)
+        assert bytes(content.arrays["adapter"]) == b"adapter"
+        asked = node.receive()
+        assert asked.message_id == message_id, "and is handed out again, under the same id"
+        assert answer(node, asked, b"update")
+        assert taken(post, str(message_id)).message is not None
+
+
+@pytest.mark.slow
+def test_a_superlink_that_takes_no_object_ends_the_push_with_one_sentence(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flwr.proto.message_pb2 import PushObjectResponse
+
+    monkeypatch.setattr(post._client, "PushObject", lambda _: PushObjectResponse(stored=False))
+    monkeypatch.setattr(flower_grid, "PUSHES", 2)
+    with pytest.raises(PushError, match="did not take the objects of the messages 2 times"):
+        post.push([message_to(superlink.node_id, b"adapter")])
