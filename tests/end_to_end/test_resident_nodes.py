@@ -379,7 +379,7 @@ def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
     made.services.end([site.program])
     config = site.directory / "site.toml"
     before = config.read_text()
-    config.write_text(before + 'node = "supernode"\n')
+    config.write_text(before + 'node = "supernode"\nallow_same_user = true\n')
     site.start()
     made.services.wait_until(
         lambda: site.count("daemon_ready") >= 2 and made.num_online() == 2, "both nodes", 120

@@ -107,7 +107,7 @@ def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
     sites = []
     for name in NAMES:
         node = "supernode" if name == NAMES[-1] else "resident"
-        more = {"identity_key": "identity", "node": node}
+        more = {"identity_key": "identity", "node": node, "allow_same_user": True}
         sites.append(new_institution(made, inputs, root / name, policy, **more))
     made.services.wait_until(lambda: made.num_online() == 4, "the connection of all", 240)
     yield sites
