@@ -1,16 +1,17 @@
 """A program that the daemon keeps running: started again when it ends, more and more slowly.
 
-A program that ends again and again without having done anything is given up, with a sentence: a
-wrong path does not mend itself.
+It ends with the daemon, however that ends. A program that ends again and again without having done
+anything is given up, with a sentence: a wrong path does not mend itself.
 """
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from client.process import end_with_parent
 from federation.errors import FedgeError
 
 RETRY_S = (0.5, 15.0)
@@ -40,9 +41,9 @@ class Child:
             command: Program and arguments.
             patience_s: How long it may end again and again before it is given up.
             say: Called with the name of an event and its values.
-            environment: Variables beside those of this process.
+            environment: All its variables; None = those of this process.
         """
-        self._environment = {**os.environ, **(environment or {})}
+        self._environment = None if environment is None else dict(environment)
         self._name = name
         self._command = list(command)
         self._patience_s = patience_s
@@ -75,7 +76,13 @@ class Child:
             self._process = None
         if self._process is None and now >= self._next_start:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, env=self._environment
+                self._command,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - it makes one system call and no lock
+                # Ctrl-C is for the daemon, which ends its children: told twice, a SuperNode does
+                # not sign off.
+                process_group=0,
             )
             self._starts += 1
             self._started_at = now
@@ -103,7 +110,7 @@ class Child:
         self._say("child_ended", child=self._name, code=code)
         if now - self._started_at >= self._patience_s:
             self.note_work()  # whatever ended it now, it can be started
-        if self._failing_since is None:
+        if self._failing_since is None or code == -signal.SIGKILL:  # killed: not its own failing
             self._failing_since = now
         if now - self._failing_since >= self._patience_s or code == 2:
             why = "it needs a change that only you can make" if code == 2 else "its log says why"

@@ -34,7 +34,7 @@ from client.reasons import code_and_reason
 from client.round import answer_round, read_request
 from client.settings import TrainingSettings
 from client.site import Site, find_site
-from client.trainer_link import LinkError, ask, request_head
+from client.trainer_link import LinkError, ask_again, request_head
 from federation.errors import FedgeError
 from federation.grid_sites import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
 
@@ -65,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
 def _ask_trainer(message: Message, socket: Path) -> Message:
     """Let the site's trainer answer; no bundle is named: only a resident node knows which it is."""
     head = request_head(dict(message.content[ROUND]), dict(message.content[TRAINING]), "")
-    answer = ask(socket, head, bytes_of(message.content[ADAPTER][ADAPTER]))
+    answer = ask_again(socket, head, bytes_of(message.content[ADAPTER][ADAPTER]))
     if answer.code != 0:
         return Message(Error(answer.code, str(answer.head.get("reason", ""))), reply_to=message)
     return _reply(message, answer.update, dict(answer.head["metrics"]), str(answer.head["site"]))

@@ -13,22 +13,29 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.child import Child
 from client.claim import claim
 from client.health import Health, Status, health_endpoint
+from client.process import keep_to_itself
 from client.reasons import SITE_ERROR
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
-from client.trainer_link import Answered, LinkError, TrainerLostError, ask, request_head
+from client.supernode import refuse_shared_user, supernode_command, supernode_environment
+from client.trainer_link import (
+    MAX_LOST,
+    Answered,
+    LinkError,
+    TrainerLostError,
+    ask,
+    request_head,
+)
 
 if TYPE_CHECKING:
     from client.fleet import Asked, FleetNode
@@ -37,8 +44,6 @@ TRAINER_PATIENCE_S = 120.0
 """How long a trainer may end again and again: longer than a machine takes to free its memory."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
-MAX_LOST = 5
-"""How many trainers one message may cost before it is answered with an error."""
 GOODBYE_S = 10.0
 """How long a child may take to end once there is nothing in hand."""
 
@@ -54,6 +59,8 @@ class _Life:
     children: list[Child] = field(default_factory=list)
     drained_at: float = float("inf")
     """Time of `time.monotonic` after which nothing is waited for."""
+    is_closed_said: bool = False
+    """Whether the log says that the socket's directory may not be entered."""
 
     def leave(self, *_: object) -> None:
         """Begin to leave; for signals."""
@@ -74,9 +81,11 @@ def run_daemon(settings: SiteSettings, trainer_command: Sequence[str]) -> None:
         trainer_command: What starts the trainer as a child; "--parent PID" is added.
 
     Raises:
-        UserError: Another daemon has the state, or the SuperLink does not take the key.
+        UserError: Another daemon has the state, the SuperLink does not take the key, or a stock
+            SuperNode would run as somebody who reaches the records.
         ChildError: The trainer ends as soon as it is started.
     """
+    keep_to_itself()
     log = SiteLog("daemon", settings.log, settings.log_level)
     with contextlib.ExitStack() as stack:
         stack.enter_context(claim(settings.memory, "daemon"))
@@ -160,7 +169,14 @@ def pause_s(since_answer_s: float, shortest_s: float, longest_s: float) -> float
 def _keep_up(life: _Life, trainer: Child | None) -> None:
     if trainer is not None:
         trainer.keep_up()
-    is_up = life.settings.socket.exists() and (trainer is None or trainer.is_running)
+    try:
+        is_there = life.settings.socket.exists()
+    except PermissionError:  # for good if socket_group is wrong; or the trainer is not ready yet
+        is_there = False
+        if not life.is_closed_said:
+            life.is_closed_said = True
+            life.log.say("trainer_closed", setting="socket_group")
+    is_up = is_there and (trainer is None or trainer.is_running)
     restarts = sum(child.restarts for child in life.children)
     life.health.update(is_trainer_up=is_up, restarts=restarts)
 
@@ -223,6 +239,7 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
         raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
     head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
     before = trainer.restarts if trainer else 0
+    said = -1
 
     def is_wanted() -> bool:
         return life.is_patient() and time.time() < asked.expires_at
@@ -236,7 +253,9 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
             answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
         except TrainerLostError:
             lost = (trainer.restarts if trainer else 0) - before
-            life.log.say("trainer_lost", lost=lost)
+            if lost != said:  # not every time that a trainer is asked which is not up yet
+                said = lost
+                life.log.say("trainer_lost", lost=lost)
             if lost >= MAX_LOST:
                 raise LinkError(f"the trainer ended {lost} times while it answered") from None
             time.sleep(0.1)
@@ -261,51 +280,20 @@ def _supervise(life: _Life, trainer: Child | None) -> None:
         command,
         patience_s=SUPERNODE_PATIENCE_S,
         say=life.log.say,
-        environment=supernode_environment(os.environ),
+        environment=supernode_environment(os.environ, settings.memory),
     )
     life.children.append(supernode)
     try:
         while not life.stop.wait(0.2):
             _keep_up(life, trainer)
             if life.health.status.is_trainer_up:
+                if not supernode.is_running:  # no moment in which it runs unchecked
+                    refuse_shared_user(settings)
                 supernode.keep_up()
             # Whether the SuperLink answers is the SuperNode's own secret: it ends when it does not.
             life.health.update(is_connected=supernode.is_running)
     finally:
         supernode.end(GOODBYE_S)
-
-
-def supernode_command(settings: SiteSettings, port: int) -> list[str]:
-    """Return the command of a stock SuperNode whose app finds the trainer's socket.
-
-    Args:
-        settings: Of the site.
-        port: On loopback, for the SuperNode's own processes.
-    """
-    name = settings.name.replace("\\", "").replace('"', "")
-    return [
-        str(Path(sys.executable).with_name("flower-supernode")),
-        *("--superlink", settings.superlink),
-        *("--root-certificates", str(settings.root_certificate)),
-        *("--auth-supernode-private-key", str(settings.node_key)),
-        *("--port", str(port)),
-        *("--node-config", f'trainer="{settings.socket}" name="{name}"'),
-    ]
-
-
-def supernode_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a stock SuperNode: nothing calls home, nothing is installed.
-
-    It finds its own programs by PATH, and asks for a message's work every 0.05 s, not every 1 s.
-    """
-    here = str(Path(sys.executable).parent)
-    return {
-        "PATH": f"{here}{os.pathsep}{own.get('PATH', '')}",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-    }
 
 
 @contextlib.contextmanager

@@ -94,11 +94,17 @@ def read_request(record: Mapping[str, Any]) -> RoundRequest:
 
 
 def answer_round(
-    message: Path, site: Site, settings: TrainingSettings, request: RoundRequest, *, scratch: Path
+    message: Path,
+    site: Site,
+    settings: TrainingSettings,
+    request: RoundRequest,
+    *,
+    scratch: Path,
+    key: bytes | None = None,
 ) -> Answer:
     """Train the adapter of a message on the site's records: `open_received`, `answer_received`."""
     received = open_received(message, site, request)
-    return answer_received(received, site, settings, request, scratch=scratch)
+    return answer_received(received, site, settings, request, scratch=scratch, key=key)
 
 
 def answer_received(
@@ -108,6 +114,7 @@ def answer_received(
     request: RoundRequest,
     *,
     scratch: Path,
+    key: bytes | None = None,
 ) -> Answer:
     """Train an adapter that was received on the site's records.
 
@@ -119,17 +126,23 @@ def answer_received(
         settings: Of the training.
         request: What else the round asks.
         scratch: Directory for files that may go when this returns.
+        key: See `client.privacy.train_privately`; for tests.
 
     Raises:
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
-    trained, answer = train_received(received, site, settings, request)
+    trained, answer = train_received(received, site, settings, request, key=key)
     update = _encode_reply(trained, received, site, request, scratch)
     return replace(answer, update=update)
 
 
 def train_received(
-    received: Update, site: Site, settings: TrainingSettings, request: RoundRequest
+    received: Update,
+    site: Site,
+    settings: TrainingSettings,
+    request: RoundRequest,
+    *,
+    key: bytes | None = None,
 ) -> tuple[Adapter, Answer]:
     """Return the adapter as the site's records made it, and an answer that has no update yet.
 
@@ -146,7 +159,7 @@ def train_received(
     examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens)
     started = time.perf_counter()
     steps = train_records(
-        model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1
+        model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1, key=key
     ).steps
     training_s = time.perf_counter() - started
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)

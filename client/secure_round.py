@@ -158,7 +158,9 @@ def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
     def train() -> Answer:
         # Before the training: what is kept of it must not be taken for other records'.
         _write(site.state, request.run, question, data_set, facts)
-        trained, answer = train_received(received, site, said.settings, request)
+        trained, answer = train_received(
+            received, site, said.settings, request, key=trainer.key(request)
+        )
         return replace(answer, update=change_bytes(trained, received, request.trains))
 
     trainer.kept_answer(question, train)

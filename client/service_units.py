@@ -115,6 +115,8 @@ Restart=on-failure
 RestartSec=10
 RestartPreventExitStatus=2
 TimeoutStopSec=@drain@
+# The daemon ends a flower-supernode of its own: one that is told twice does not sign off.
+KillMode=mixed
 
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 PrivateDevices=yes

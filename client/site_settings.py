@@ -45,13 +45,17 @@ class SiteSettings(Settings):
     """Slices of the adapter that it trains; none = all."""
     node: Literal["resident", "supernode"] = "resident"
     """resident: the daemon is the Flower node and runs no code of a run. supernode: a stock
-    flower-supernode is, which runs the app that a run brings; give that one a user of its own."""
+    flower-supernode is, which runs the app that a run brings: that needs a ``trainer`` that is
+    started apart, as another user."""
     trainer: Path = Path("child")
     """"child": the daemon starts the trainer and ends it. Else the socket of a trainer that is
     started apart, as another user, with this same file."""
     socket_group: str = ""
-    """Group that may speak to the trainer, where the node runs as another user: the socket has mode
-    0660 then. Empty = the trainer's own user only, 0600."""
+    """Group, by name or number, that may speak to the trainer, where the node runs as another user:
+    the socket has mode 0660 then. Empty = the trainer's own user only, 0600."""
+    allow_same_user: bool = False
+    """supernode only: the code that runs bring may have the rights of the trainer's user, and so
+    read the records, send them anywhere, and change policy and ledger. Never for real data."""
     node_state: Path | None = None
     """Directory of the daemon's own state, where it may not read ``state``; none = in ``state``."""
     health: Annotated[str, Field(pattern=r"^(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}$|^$")] = ""
@@ -81,6 +85,17 @@ class SiteSettings(Settings):
             raise ValueError(
                 f"the trainer's socket {self.socket.name} would have a path of more than "
                 f"{LONGEST_PATH} bytes, which no system takes: choose a shorter state or trainer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _code_is_kept_apart(self) -> Self:
+        if self.node == "supernode" and self.is_child and not self.allow_same_user:
+            raise ValueError(
+                'node is "supernode" and trainer "child": the code that a run brings would run as '
+                "the trainer's user, who reads this site's records. Start `client trainer` as "
+                'another user and name its socket in trainer, or keep node at "resident", which '
+                "runs no code of a run; allow_same_user = true lets it read them"
             )
         return self
 

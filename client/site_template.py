@@ -73,6 +73,9 @@ name = @name@
 # "resident": the daemon is the Flower node and runs no code of a run. "supernode": a stock
 # flower-supernode is, which runs the app that a run brings; give that one a user of its own.
 node = "resident"
+# With "supernode" only: let the app of a run be of the trainer's own user, so that it can read the
+# records, send them anywhere, and change policy and ledger. Never for real data.
+allow_same_user = false
 
 # "child": the daemon starts the trainer and ends it. Else the socket of a trainer that is started
 # apart (`client trainer --config site.toml`), as another user that alone can read the data.

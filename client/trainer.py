@@ -37,6 +37,8 @@ from federation.wire import Update
 if TYPE_CHECKING:
     from client.secure_sum import Membership
 
+KeyOf = Callable[[RoundRequest], bytes]
+"""The key of a round's random numbers: `client.randomness.RandomStream`."""
 _NOT_ASKED = ("bundle", "signature", "stage", "attempt")
 """Keys of a head that say who asks, and how far a secure sum is: not what is to be trained."""
 
@@ -141,17 +143,23 @@ class Gate(Protocol):
 class Trainer:
     """One site's model, data and state, behind its policy and its ledger."""
 
-    def __init__(self, site: Site, gate: Gate, say: Callable[..., None]) -> None:
+    def __init__(
+        self, site: Site, gate: Gate, say: Callable[..., None], *, key_of: KeyOf | None = None
+    ) -> None:
         """Nothing is loaded before the first question that is allowed.
 
         Args:
             site: Whose model, data and state.
             gate: Its policy and its ledger.
             say: Called with the name of an event and its values, for the log.
+            key_of: Makes the noise of a round the same every time, so that a test can compare two
+                runs. Whoever knows the key knows the noise: no setting leads here, and a site
+                leaves it None, for noise from the operating system.
         """
         self.site = site
         self.gate = gate
         self.say = say
+        self._key_of = key_of
 
     def answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
         """Return the answer to a question; whatever goes wrong is an answer too.
@@ -186,7 +194,14 @@ class Trainer:
         question = said.about(facts_of(received, self.site))
         kept, training_s = self.kept_answer(
             question,
-            lambda: answer_received(received, self.site, said.settings, request, scratch=scratch),
+            lambda: answer_received(
+                received,
+                self.site,
+                said.settings,
+                request,
+                scratch=scratch,
+                key=self.key(request),
+            ),
         )
         self.gate.record(question, kept)
         self.say(
@@ -241,6 +256,10 @@ class Trainer:
             num_examples=answer.num_examples,
         )
         return kept, answer.training_s
+
+    def key(self, request: RoundRequest) -> bytes | None:
+        """Return the key of a round's noise; None, as always but in a test, draws a new one."""
+        return self._key_of(request) if self._key_of else None
 
     def reply_head(self, num_bytes: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return the head of a reply that is no error."""

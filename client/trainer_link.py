@@ -8,6 +8,7 @@ SuperNode starts for every message imports this and nothing of the trainer.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ HEAD_BYTES = 64 << 10
 """Longest head, of a question and of an answer."""
 CHUNK_BYTES = 1 << 20
 """Longest chunk; gRPC itself refuses messages above 4 MiB."""
+MAX_LOST = 5
+"""How many trainers one message may cost before it is answered with an error."""
+PATIENCE_S = 60.0
+"""How long an app waits for a trainer that is started again."""
 LONGEST_PATH = 100
 """Bytes of a socket's path: Linux has room for 107."""
 
@@ -112,6 +117,27 @@ def ask(
                 raise LinkError(f"the trainer cannot read the question: {call.details()}") from None
             name = str(call.code()).rpartition(".")[2].lower()
             raise TrainerLostError(f"the trainer gave no answer ({name})") from error
+
+
+def ask_again(socket: Path, head: Mapping[str, Any], message: memoryview) -> Answered:
+    """Ask, and ask again while the trainer is started anew: what it answered once stays answered.
+
+    Raises:
+        TrainerLostError: It ended ``MAX_LOST`` times, or nobody listened for ``PATIENCE_S``.
+        LinkError: The question is none.
+    """
+    lost, quiet_since = 0, 0.0
+    while True:
+        started = time.monotonic()
+        try:
+            return ask(socket, head, message)
+        except TrainerLostError:
+            now = time.monotonic()
+            if not quiet_since or now - started > 1.0:  # somebody was there
+                lost, quiet_since = lost + 1, now
+            if lost >= MAX_LOST or now - quiet_since > PATIENCE_S:
+                raise
+        time.sleep(0.2)
 
 
 def write_parts(head: bytes, chunks: Iterable[bytes]) -> Iterator[Part]:

@@ -11,14 +11,13 @@ would leave from a kill.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import queue
+import secrets
 import shutil
 import signal
 import socket
-import sys
-import tempfile
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -27,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.claim import claim
+from client.process import end_with, keep_to_itself
 from client.round import settle
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
-from client.trainer import Gate, Reply, Trainer
+from client.trainer import Gate, KeyOf, Reply, Trainer
 from client.trainer_link import (
     CHUNK_BYTES,
     METHOD,
@@ -48,7 +48,6 @@ CALLS = 4
 """Calls at the same time; more are refused. One is answered, the others wait for it."""
 READ_S = 900.0
 """How long a caller may take to send its question."""
-_PR_SET_PDEATHSIG = 1
 
 OpenGate = Callable[[SiteSettings, Callable[..., None]], contextlib.AbstractContextManager[Gate]]
 
@@ -68,17 +67,25 @@ class _Call:
         return self.directory / "message"
 
 
-def run_trainer(settings: SiteSettings, open_gate: OpenGate, *, parent: int | None = None) -> None:
+def run_trainer(
+    settings: SiteSettings,
+    open_gate: OpenGate,
+    *,
+    parent: int | None = None,
+    key_of: KeyOf | None = None,
+) -> None:
     """Serve until SIGTERM.
 
     Args:
         settings: Of the site.
         open_gate: Opens the site's policy and ledger, for as long as the trainer lives.
         parent: Process with which this one ends, or None.
+        key_of: See `client.trainer.Trainer`; for tests.
 
     Raises:
         UserError: Another trainer has the state or the socket, or the gate does not open.
     """
+    keep_to_itself()
     log = SiteLog("trainer", settings.log, settings.log_level)
     calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()  # a signal handler may put
     leaving, closed = threading.Event(), threading.Event()
@@ -108,19 +115,11 @@ def run_trainer(settings: SiteSettings, open_gate: OpenGate, *, parent: int | No
         open_gate(settings, log.say) as gate,
         _listening(settings, spools, calls, closed),
     ):
-        trainer = Trainer(settings.site, gate, log.say)
+        trainer = Trainer(settings.site, gate, log.say, key_of=key_of)
         log.say("trainer_ready")
         _answer_calls(trainer, calls, leaving)
         closed.set()
     log.say("trainer_left")
-
-
-def end_with(parent: int) -> None:
-    """Get SIGTERM when a parent process dies, `kill -9` included. Linux only; else nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _answer_calls(
@@ -167,14 +166,20 @@ def _listening(
     from client.trainer_pb2 import Part
 
     def answer(parts: Iterator[Part], context: Any) -> Iterator[Part]:
-        directory = Path(tempfile.mkdtemp(dir=spools))
+        directory = spools / secrets.token_hex(8)
         try:
+            directory.mkdir(mode=0o700)
             reply = _ask(parts, context, directory)
             yield from _reply_parts(reply)
         except LinkError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except futures.CancelledError:
             context.abort(grpc.StatusCode.CANCELLED, "nobody waits for the answer")
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # grpc would send its text, with paths of this site
+            context.abort(grpc.StatusCode.INTERNAL, type(error).__name__)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
@@ -213,10 +218,18 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     """Start a server on the site's socket, closed to all but its owner or one group.
 
     Raises:
-        UserError: Another trainer listens there, or the group is unknown.
+        UserError: Another trainer listens there, its directory is open to all, or the group is
+            unknown.
     """
     path = settings.socket
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = path.parent.stat()
+    mode = directory.st_mode
+    if mode & 0o022 and not mode & stat.S_ISVTX:
+        raise UserError(
+            f"{path.parent} may be written by others, who could put their own socket in the place "
+            "of the trainer's: run `chmod go-w` on it"
+        )
     if path.exists() and not _is_stale(path):
         raise UserError(f"a trainer listens on {path} already: end it, or choose another socket")
     path.unlink(missing_ok=True)
@@ -226,16 +239,19 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     finally:
         os.umask(before)
     if settings.socket_group:
+        name = settings.socket_group
+        group = int(name) if name.isdecimal() else name
         try:
-            shutil.chown(path, group=settings.socket_group)
-            shutil.chown(path.parent, group=settings.socket_group)
+            shutil.chown(path, group=group)
+            if directory.st_uid == os.geteuid() and not mode & 0o007:  # else not ours to close
+                shutil.chown(path.parent, group=group)
+                path.parent.chmod(0o710)
         except (LookupError, OSError) as error:
             raise UserError(
                 f"socket_group {settings.socket_group!r}: {error}: name a group that the "
                 "trainer's user is a member of"
             ) from None
         path.chmod(0o660)
-        path.parent.chmod(0o710)
     server.start()
     try:
         yield

@@ -15,7 +15,7 @@ import pytest
 from client import child as child_module
 from client.child import Child, ChildError
 from client.claim import claim
-from client.daemon import pause_s, supernode_command
+from client.daemon import pause_s
 from client.health import Health, Status, health_endpoint, read_status
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
@@ -85,8 +85,9 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_defaults(
         ({"rank": 0}, "setting 'rank' is 0"),
         ({"health": "0.0.0.0:80"}, "setting 'health' is '0.0.0.0:80'"),
         ({"health": "127.0.0.1:70000"}, "expected a port up to 65535"),
-        ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: base_model, data,"),
+        ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: allow_same_user,"),
         ({"state": "s" * 101}, "choose a shorter state or trainer"),
+        ({"node": "supernode"}, "would run as the trainer's user, who reads this site's records"),
     ],
 )
 def test_a_setting_out_of_range_is_one_sentence(
@@ -96,14 +97,6 @@ def test_a_setting_out_of_range_is_one_sentence(
         load_site(write_site(tmp_path, **change))
     assert sentence in str(caught.value)
     assert str(caught.value).startswith("site.toml: ")
-
-
-def test_the_stock_supernode_gets_the_socket_and_nothing_of_the_site(tmp_path: Path) -> None:
-    settings = load_site(write_site(tmp_path, name='the "bank"', node="supernode"))
-    command = supernode_command(settings, 9100)
-    assert command[-2:] == ["--node-config", f'trainer="{settings.socket}" name="the bank"']
-    assert str(settings.data) not in " ".join(command)
-    assert command[command.index("--superlink") + 1] == "flower.example:443"
 
 
 # One process a directory
@@ -209,6 +202,18 @@ def test_two_ends_that_lie_far_apart_are_two_accidents(clock: Clock) -> None:
         child.keep_up()
         ended(child)
         clock.now += 3600  # it ran for an hour
+        child.keep_up()
+    assert child.restarts >= 4
+
+
+def test_a_program_that_somebody_kills_is_not_given_up(clock: Clock) -> None:
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    child = Child("SuperNode", command, patience_s=2, say=lambda *_, **__: None)
+    for _ in range(5):
+        clock.now += 20
+        child.keep_up()
+        ended(child)
+        clock.now += 1  # it ran for less than its patience
         child.keep_up()
     assert child.restarts >= 4
 

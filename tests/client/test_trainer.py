@@ -10,12 +10,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from client import trainer_link
 from client.answers import Kept
 from client.reasons import REFUSED, SITE_ERROR, Refused
 from client.round import RoundRequest, answer_round
@@ -462,6 +464,40 @@ def test_a_second_trainer_does_not_take_the_place_of_the_first(
     assert ask(process.socket, head_of(6), memoryview(message_of(tiny_model))).code == 0
 
 
+def test_a_socket_in_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    from client.site_settings import load_site
+    from client.trainer_service import _socket
+    from federation.errors import UserError
+    from tests.client.test_daemon import write_site
+
+    (tmp_path / "open").mkdir(mode=0o700)
+    (tmp_path / "open").chmod(0o770)
+    settings = load_site(write_site(tmp_path, trainer="open/trainer"))
+    with pytest.raises(UserError, match="may be written by others"), _socket(settings, None):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to any group")
+@pytest.mark.parametrize(("mode", "after"), [(0o700, 0o710), (0o710, 0o710), (0o755, 0o755)])
+def test_the_group_of_the_socket_may_enter_a_directory_that_is_the_trainers_own(
+    mode: int, after: int
+) -> None:
+    from client.site_settings import load_site
+    from client.trainer_service import _socket
+    from tests.client.test_daemon import write_site
+
+    root = Path(tempfile.mkdtemp(prefix="fedge-"))
+    (root / "run").mkdir()
+    (root / "run").chmod(mode)
+    settings = load_site(write_site(root, trainer="run/trainer", socket_group="64003"))
+    with _socket(settings, grpc.server(futures.ThreadPoolExecutor(1))):
+        made, directory = (root / "run" / "trainer").stat(), (root / "run").stat()
+    assert (made.st_mode & 0o777, made.st_gid) == (0o660, 64003)
+    assert directory.st_mode & 0o777 == after
+    assert directory.st_gid == (os.getegid() if mode == 0o755 else 64003)
+    shutil.rmtree(root)
+
+
 @pytest.mark.slow
 def test_sigterm_lets_the_question_in_hand_be_answered_and_a_stale_socket_is_replaced(
     tiny_model: Path,
@@ -500,6 +536,39 @@ def test_nobody_at_the_socket_is_said_so(tmp_path: Path) -> None:
         ask(tmp_path / "none", head_of(), memoryview(b""))
     with pytest.raises(LinkError, match="the head has"):
         ask(tmp_path / "none", {"a": "x" * HEAD_BYTES}, memoryview(b""))
+
+
+def test_an_app_asks_again_while_the_trainer_is_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(tempfile.mkdtemp(prefix="fedge-")) / "trainer"
+    monkeypatch.setattr(trainer_link, "PATIENCE_S", 0.3)
+    with pytest.raises(TrainerLostError, match="unavailable"):
+        trainer_link.ask_again(path, head_of(), memoryview(b""))
+    monkeypatch.setattr(trainer_link, "PATIENCE_S", 60.0)
+    lives: list[int] = []
+
+    def answer(_: Any, context: Any) -> Iterator[Part]:
+        lives.append(len(lives))
+        if len(lives) < 3:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it was killed")
+        yield from write_parts(b'{"code": 0}', [b"update"])
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        answer, request_deserializer=Part.FromString, response_serializer=Part.SerializeToString
+    )
+    service, _, method = METHOD.strip("/").partition("/")
+    server = grpc.server(
+        futures.ThreadPoolExecutor(1),
+        handlers=[grpc.method_handlers_generic_handler(service, {method: handler})],
+    )
+    server.add_insecure_port(f"unix:{path}")
+    starting = threading.Timer(0.5, server.start)
+    starting.start()
+    answered = trainer_link.ask_again(path, head_of(), memoryview(b"message"))
+    server.stop(grace=5).wait()
+    shutil.rmtree(path.parent)
+    assert (answered.code, answered.update, lives) == (0, b"update", [0, 1, 2])
 
 
 def test_parts_read_back_what_was_written() -> None:

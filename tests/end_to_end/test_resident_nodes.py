@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,8 @@ class InProcess:
     sites: dict[str, ClientSite]
     scratch: Path
     replies: list[Reply] = field(default_factory=list)
+    key_of: Callable[[str], Callable[[RoundRequest], bytes]] | None = None
+    """Key of a private round's random numbers, by site and round."""
 
     def wait_for(self, count: int, timeout_s: float) -> list[str]:
         return sorted(self.sites)
@@ -141,18 +143,20 @@ class InProcess:
         for name in sites:
             scratch = Path(tempfile.mkdtemp(dir=self.scratch))
             message = shutil.copy(request.message, scratch / "message")
+            asked = RoundRequest(
+                request.server_round,
+                request.uplink,
+                request.downlink,
+                request.trains,
+                request.run,
+            )
             answer = answer_round(
                 Path(message),
                 self.sites[name],
                 load_settings(TrainingSettings, request.training, "training"),
-                RoundRequest(
-                    request.server_round,
-                    request.uplink,
-                    request.downlink,
-                    request.trains,
-                    request.run,
-                ),
+                asked,
                 scratch=scratch,
+                key=self.key_of(name)(asked) if self.key_of else None,
             )
             self.replies.append(
                 Reply(
@@ -196,7 +200,9 @@ def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
     shutil.rmtree(root)
 
 
-def new_institution(made: Deployment, inputs: Path, directory: Path, policy: str) -> Institution:
+def new_institution(
+    made: Deployment, inputs: Path, directory: Path, policy: str, **more: Any
+) -> Institution:
     """Return a registered site whose daemon was started; it is called as its directory is."""
     name = directory.name
     key = make_node_key(directory)
@@ -212,7 +218,7 @@ def new_institution(made: Deployment, inputs: Path, directory: Path, policy: str
         "name": name,
         "log": "site.log",
         "drain_s": 120.0,
-    }
+    } | more
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     (directory / "site.toml").write_text("\n".join(lines) + "\n")
     (directory / "policy.toml").write_text(policy)
@@ -373,7 +379,7 @@ def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
     made.services.end([site.program])
     config = site.directory / "site.toml"
     before = config.read_text()
-    config.write_text(before + 'node = "supernode"\n')
+    config.write_text(before + 'node = "supernode"\nallow_same_user = true\n')
     site.start()
     made.services.wait_until(
         lambda: site.count("daemon_ready") >= 2 and made.num_online() == 2, "both nodes", 120
