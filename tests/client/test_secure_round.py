@@ -408,16 +408,13 @@ def test_what_is_no_stage_of_a_secure_sum_is_answered_with_an_error(
 def test_the_command_makes_an_identity_and_prints_the_same_one_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = dict.fromkeys(("root_certificate", "node_key", "base_model", "data", "state"), "x")
-    values |= {"superlink": "localhost:1", "policy": "policy.toml"}
+    values = dict.fromkeys(("root_certificate", "node_key", "base_model", "data"), "x")
+    values |= {"superlink": "localhost:1", "policy": "policy.toml", "state": "state"}
     config = tmp_path / "site.toml"
     config.write_text("".join(f'{name} = "{value}"\n' for name, value in values.items()))
-    assert run_command(monkeypatch, "identity", "--config", config) == 2
-    assert 'add identity_key = "identity"' in capsys.readouterr().err
-    config.write_text(config.read_text() + 'identity_key = "keys/identity"\n')
     assert run_command(monkeypatch, "identity", "--config", config) == 0
     first = capsys.readouterr().out.strip()
-    assert first == public_identity(read_identity(tmp_path / "keys" / "identity"))
+    assert first == public_identity(read_identity(tmp_path / "state" / "identity"))
     assert run_command(monkeypatch, "identity", "--config", config, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"identity": first}
 
