@@ -37,7 +37,13 @@ from client.trainer_link import LinkError
 from federation.adapter import Adapter
 from federation.atomic import write_atomically
 from federation.header import FACTORS, num_numbers
-from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
 from federation.settings import Settings
 from federation.wire import Update
 
@@ -97,6 +103,11 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         question = _trained(trainer, said, message)
         path = _spooled(scratch, site.advertise(terms_of(question)))
     else:
+        if message.stat().st_size > MAX_MESSAGE_BYTES:  # before it is in memory
+            raise SecureSumError(
+                f"stage {stage} has {message.stat().st_size} bytes: expected at most "
+                f"{MAX_MESSAGE_BYTES}"
+            )
         question, kept = _asked_again(trainer, said)
         trainer.gate.allow(question)
         if stage == Stage.MASK:

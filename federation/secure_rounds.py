@@ -170,10 +170,9 @@ class SecureExchange:
                 f"round 1: {len(connected)} of {needed} sites are connected after "
                 f"{settings.round_timeout_s:g} s: start the others, or lower num_sites"
             )
-        count = min(self._cohort, settings.num_asked(len(connected)))
         seed = f"{settings.seed}/{server_round}/{number}"
-        asked = draw(sorted(set(connected) - self._silent), count, seed)
-        asked += draw(sorted(set(connected) & self._silent), count - len(asked), seed)
+        asked = draw(sorted(set(connected) - self._silent), self._cohort, seed)
+        asked += draw(sorted(set(connected) & self._silent), self._cohort - len(asked), seed)
         return sorted(asked)
 
     def _run_stage(self, attempt: _Attempt) -> None:

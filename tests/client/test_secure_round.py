@@ -17,7 +17,13 @@ from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.header import num_numbers
 from federation.masking import pack, quantize
-from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
 from federation.secure_sum import SecureSum
 from federation.settings import SettingsError
 from federation.sites import Reply, Request
@@ -403,6 +409,10 @@ def test_what_is_no_stage_of_a_secure_sum_is_answered_with_an_error(
     assert sites.receive().update is None
     with pytest.raises(SecureSumError):
         secure.take("a", b"")
+    huge = asks().message.with_name("huge")
+    huge.write_bytes(bytes(MAX_MESSAGE_BYTES + 1))
+    sites.send(["a"], replace(asks(), stage="share", message=huge))
+    assert f"expected at most {MAX_MESSAGE_BYTES}" in (sites.receive().error or "")
 
 
 def test_the_command_makes_an_identity_and_prints_the_same_one_again(

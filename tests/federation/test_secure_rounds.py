@@ -1,6 +1,7 @@
 """Rounds that are secure sums, through real trainers, policies and ledgers of four tiny sites."""
 
 import json
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client.identity import public_identity
 from client.ledger import LEDGER, read_ledger
+from client.policy import Policy
+from client.policy_template import policy_template
 from federation.adapter import Adapter, read_adapter
 from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened, UpdateReceived
 from federation.exchange import RoundError
@@ -301,6 +305,30 @@ def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
     assert all(loss is not None for loss in losses)
     summary = summarise(out / "events.jsonl")
     assert (summary["state"], summary["rounds"][1]["num_updates"]) == ("finished", 4)
+
+
+def test_the_policy_of_a_new_site_lets_a_private_secure_run_in_once_it_names_who(
+    settings: Make, sites: SecureSites
+) -> None:
+    """Differential privacy and a secure sum, both required: what `client init` writes."""
+    cohort = [public_identity(each.identity) for each in sites.institutions.values()]
+    text = (
+        policy_template()
+        .replace("base = []", 'base = ["any"]')
+        .replace("allowed = []", 'allowed = ["any"]')
+        .replace("cohort = []", f"cohort = {json.dumps(cohort)}")
+    )
+    for each in sites.institutions.values():
+        each.policy = load_settings(Policy, tomllib.loads(text), "the template")
+    private = SHORT | {"noise_multiplier": 4.0, "record_clip_norm": 0.5}
+    made = settings(training=private, num_rounds=2, metrics="")
+    run(sites, made)
+    assert [event.sites for event in events(made, SumOpened)] == [list("abcd")] * 2
+    for each in sites.institutions.values():
+        first, second = read_ledger(each.site.state / LEDGER).rows
+        assert (first.stage, first.noise_multiplier, first.steps) == ("secure", 4.0, 1)
+        assert 0 < first.epsilon < second.epsilon
+        assert first.metrics == second.metrics == {}
 
 
 def test_sums_of_both_factors_are_the_usual_average(
