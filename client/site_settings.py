@@ -57,9 +57,9 @@ class SiteSettings(Settings):
     health: Annotated[str, Field(pattern=r"^(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}$|^$")] = ""
     """HOST:PORT on loopback of GET /healthz; empty = none."""
     poll_s: Annotated[float, Field(gt=0, le=60)] = 0.1
-    """Seconds between two looks for a message while there is work."""
+    """Seconds between two looks for a message soon after an answer."""
     idle_poll_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """To what they grow while there is none."""
+    """To what they grow, by 5 % of the time since that answer."""
     drain_s: Annotated[float, Field(ge=0)] = 3600.0
     """How long SIGTERM lets the round in hand go on."""
     max_message_bytes: Annotated[int, Field(ge=1)] = 1 << 32
