@@ -154,11 +154,8 @@ def identity(config: Config, as_json: Json = False) -> None:
     """
     from client.identity import new_identity, public_identity, read_identity
     from client.site_settings import load_site
-    from federation.settings import SettingsError
 
-    path = load_site(config).identity_key
-    if path is None:
-        raise SettingsError(f'{config.name} names no identity_key: add identity_key = "identity"')
+    path = load_site(config).identity
     key = read_identity(path) if path.exists() else new_identity(path)
     public = public_identity(key)
     print_result({"identity": public}, as_json, lambda: typer.echo(public))

@@ -137,10 +137,8 @@ def _trainer_checks(settings: SiteSettings | None, *, is_quick: bool) -> Iterato
     yield site_files.check_data(records, look(settings.data))
     yield site_files.check_policy(policy, look(settings.policy), records)
     yield site_files.check_digest(model, policy)
-    if settings.identity_key is not None:
-        key = settings.identity_key
-        public = attempt(lambda: public_identity(read_identity(key)))
-        yield site_files.check_identity(look(key), public)
+    public = attempt(lambda: public_identity(read_identity(settings.identity)))
+    yield site_files.check_identity(look(settings.identity), public)
     yield site_files.check_state(look(settings.state), os.geteuid(), policy)
     yield _ledger_of(settings.state)
 

@@ -146,7 +146,7 @@ def service_units(settings: SiteSettings, config: Path, client: Path) -> dict[st
         "config": _word(str(config).replace("$", "$$")),
         # With the sign that the path may be missing.
         "key": _word(f"-{settings.node_key}"),
-        "identity": _word(f"-{settings.identity_key}"),
+        "identity": _word(f"-{settings.identity}"),
         "data": _word(f"-{settings.data}"),
         "model": _word(f"-{settings.base_model}"),
         "policy": _word(f"-{settings.policy}"),
@@ -165,7 +165,7 @@ def install_steps(directory: Path, settings: SiteSettings) -> list[str]:
     """
     key, identity, data, place = (
         shlex.quote(str(p))
-        for p in (settings.node_key, settings.identity_key, settings.data, directory)
+        for p in (settings.node_key, settings.identity, settings.data, directory)
     )
     users = f"install -m 644 {place}/fedge.conf /etc/sysusers.d/ && systemd-sysusers"
     owners = f"chown {NODE} {key} && chown {TRAINER} {identity} {data} && chmod 600 {data}"

@@ -208,7 +208,8 @@ def check_identity(place: Place, public: str) -> Check:
     """
     name = "identity"
     if not place.is_there and not place.is_hidden:
-        return Check(name, "fail", f"{place.path} does not exist", "client identity makes it")
+        said = f"{place.path} does not exist, so this site takes part in no secure sum"
+        return Check(name, "warn", said, "client identity --config site.toml makes it")
     if place.mode & 0o077:
         said = f"mode {place.mode:04o}: other users can read it"
         fix = f"chmod 600 {place.path}; if somebody read it, make a new one and tell all sites"

@@ -37,8 +37,8 @@ class SiteSettings(Settings):
     """Directory for what must survive a restart; no other site's and no other daemon's."""
     identity_key: Path | None = None
     """This site's Ed25519 private key (PEM, unencrypted) for secure sums, for life: the other sites
-    list its public half in their policies (`client identity`). None = it takes part in no secure
-    sum. Only the trainer reads it."""
+    list its public half in their policies. `client identity` makes it. None = in ``state``, and
+    without the file there the site takes part in no secure sum."""
     name: Annotated[str, Field(max_length=64)] = ""
     """What the site calls itself, for the coordinator's tables."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -113,6 +113,11 @@ class SiteSettings(Settings):
     def memory(self) -> Path:
         """Where the daemon keeps what it must know after a restart."""
         return self.node_state or self.state / "node"
+
+    @property
+    def identity(self) -> Path:
+        """Where this site's key for secure sums is, or would be."""
+        return self.identity_key or self.state / "identity"
 
     @property
     def site(self) -> Site:
