@@ -111,6 +111,13 @@ class Attacked:
     directory: Path
     made: Deployment
     node: str
+    is_shared: bool = False
+    """Whether trainer and node are one user after all, by ``allow_same_user``."""
+
+    @property
+    def owner(self) -> int:
+        """Whose the records are."""
+        return NODE if self.is_shared else TRAINER
 
     @property
     def private(self) -> Path:
@@ -122,7 +129,8 @@ class Attacked:
 
     @property
     def socket(self) -> Path:
-        return self.directory / "socket" / "trainer"
+        above = self.state if self.is_shared else self.directory
+        return above / "socket" / "trainer"
 
     def make(self) -> None:
         self.directory.chmod(0o755)
@@ -144,32 +152,36 @@ class Attacked:
             "policy": "policy.toml",
             "state": "private/state",
             "node_state": "node/state",
-            "trainer": "socket/trainer",
-            "socket_group": str(BETWEEN),
             "name": "bank",
             "node": self.node,
             "max_message_bytes": 32 << 20,
         }
+        apart = {"trainer": "socket/trainer", "socket_group": str(BETWEEN)}
+        values |= {"allow_same_user": True} if self.is_shared else apart
         lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
         (self.directory / "site.toml").write_text("\n".join(lines) + "\n")
         policy = self.directory / "policy.toml"
         policy.write_text(POLICY)
         policy.chmod(0o640)
-        os.chown(policy, 0, TRAINER)
-        for top, user in ((self.private, TRAINER), (self.directory / "node", NODE)):
+        os.chown(policy, 0, self.owner)
+        for top, user in ((self.private, self.owner), (self.directory / "node", NODE)):
             for path in (top, *top.rglob("*")):
                 os.chown(path, user, user)
             top.chmod(0o700)
         os.chown(self.directory / "socket", TRAINER, TRAINER)
 
+    def programs(self) -> dict[str, int]:
+        """Return what is started, and as whom."""
+        return {"daemon": NODE} if self.is_shared else {"trainer": TRAINER, "daemon": NODE}
+
     def start(self) -> None:
-        for name, user in (("trainer", TRAINER), ("daemon", NODE)):
+        for name, user in self.programs().items():
             home = self.state if name == "trainer" else self.directory / "node"
             config = str(self.directory / "site.toml")
             command = [sys.executable, "-m", "client.cli", name, "--config", config]
             needed = [Path(sys.prefix), Path(sys.base_prefix), ROOT, self.directory]
             self.made.services.start(
-                f"{name}-{self.node}",
+                f"{name}-{self.directory.name}",
                 as_user(user, [user, BETWEEN], command, needed),
                 {
                     "PYTHONPATH": str(ROOT),
@@ -183,12 +195,12 @@ class Attacked:
         self.made.services.wait_until(lambda: self.made.num_online() == 1, "the node", 120)
 
     def pid(self, name: str) -> int:
-        return self.made.services.pid(f"{name}-{self.node}")
+        return self.made.services.pid(f"{name}-{self.directory.name}")
 
     def end(self) -> None:
-        for name in ("daemon", "trainer"):  # itself alone, as its service does
+        for name in reversed(self.programs()):  # itself alone, as its service does
             psutil.Process(self.pid(name)).terminate()
-            self.made.services.wait_for_end(f"{name}-{self.node}", 60)
+            self.made.services.wait_for_end(f"{name}-{self.directory.name}", 60)
         self.made.services.wait_until(lambda: self.made.num_online() == 0, "its leaving", 120)
 
     def told(self) -> dict[str, Any]:
@@ -204,6 +216,7 @@ class Attacked:
             "socket": str(self.socket),
             "heads": REFUSED,
             "allowed": HEAD,
+            "reads_only": self.is_shared,  # else it would end itself with what it ends
         }
 
     def fingerprint(self) -> dict[str, bytes]:
@@ -222,7 +235,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 @pytest.fixture
 def site(made: Deployment, request: pytest.FixtureRequest) -> Iterator[Attacked]:
     root = Path(tempfile.mkdtemp(prefix="fedge-"))
-    attacked = Attacked(root, made, request.param)
+    attacked = Attacked(root, made, **request.param)
     attacked.make()
     attacked.start()
     yield attacked
@@ -258,7 +271,7 @@ def marks() -> set[Path]:
     return {path for place in places for path in place.glob("mallory-*")}
 
 
-@pytest.mark.parametrize("site", ["resident"], indirect=True)
+@pytest.mark.parametrize("site", [{"node": "resident"}], indirect=True)
 def test_a_resident_node_never_runs_or_even_fetches_the_app_of_a_run(
     site: Attacked, tmp_path: Path
 ) -> None:
@@ -298,7 +311,7 @@ def code_and_reason(parts: list[str]) -> tuple[int, str]:
     return head["code"], str(head.get("reason", ""))
 
 
-@pytest.mark.parametrize("site", ["supernode"], indirect=True)
+@pytest.mark.parametrize("site", [{"node": "supernode"}], indirect=True)
 def test_the_app_of_a_run_gets_the_answers_that_the_policy_allows_and_nothing_else(
     site: Attacked, tmp_path: Path
 ) -> None:
@@ -308,7 +321,7 @@ def test_the_app_of_a_run_gets_the_answers_that_the_policy_allows_and_nothing_el
         path.unlink()
     got = home["got"]
     print(len(got), "attempts got something,", len(home["failed"]), "did not:")
-    print("\n".join(f"{name}: {str(value)[:100]}" for name, value in got.items()))
+    print("\n".join(f"{name}: {ascii(value)[:100]}" for name, value in got.items()))
     assert home["user"] == NODE
     patterns = allowed(site)
     assert [name for name in got if not any(re.fullmatch(p, name) for p in patterns)] == []
@@ -328,3 +341,16 @@ def test_the_app_of_a_run_gets_the_answers_that_the_policy_allows_and_nothing_el
     assert psutil.Process(trainer).is_running()
     assert list((site.state / "spool").iterdir()) == []
     assert site.socket.stat().st_uid == TRAINER
+
+
+@pytest.mark.parametrize("site", [{"node": "supernode", "is_shared": True}], indirect=True)
+def test_the_attack_does_get_the_records_where_trainer_and_node_are_one_user(
+    site: Attacked, tmp_path: Path
+) -> None:
+    """Else the test above would show nothing. What a process keeps to itself, it keeps even so."""
+    left_before = marks()
+    (home,) = attack(site, tmp_path)
+    for path in marks() - left_before:
+        path.unlink()
+    assert TOPIC in home["got"][f"read {site.private / 'data.jsonl'}"]
+    assert SECRET not in json.dumps(home)

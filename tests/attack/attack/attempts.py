@@ -50,6 +50,8 @@ def attack_files(report: Report, told: dict[str, Any]) -> None:
     for name in told["files"]:
         path = Path(name)
         report.attempt(f"read {name}", lambda path=path: path.read_bytes()[:4000].decode("latin1"))
+        if told["reads_only"]:
+            continue
         report.attempt(f"open for writing {name}", lambda path=path: path.open("r+b").close())
         report.attempt(f"replace {name}", lambda path=path: _replace(path))
         report.attempt(f"chmod {name}", lambda path=path: path.chmod(0o666))
@@ -57,7 +59,8 @@ def attack_files(report: Report, told: dict[str, Any]) -> None:
     for name in told["directories"]:
         path = Path(name)
         report.attempt(f"list {name}", lambda path=path: sorted(map(str, path.iterdir())))
-        report.attempt(f"rename {name}", lambda path=path: path.rename(f"{path}-mallory"))
+        if not told["reads_only"]:
+            report.attempt(f"rename {name}", lambda path=path: path.rename(f"{path}-mallory"))
 
 
 def _replace(path: Path) -> str:
@@ -77,7 +80,7 @@ def _link(path: Path) -> str:
     return hard.read_bytes()[:4000].decode("latin1")
 
 
-def attack_processes(report: Report) -> None:
+def attack_processes(report: Report, *, reads_only: bool) -> None:
     """Every process but our own: its command line is for all to see, the rest should not be."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -89,7 +92,7 @@ def attack_processes(report: Report) -> None:
                 name = f"{kind or 'other'} {pid}"
                 if kind:
                     report.got[f"cmdline {name}"] = words
-                _attack_process(report, name, entry, kind)
+                _attack_process(report, name, entry, "" if reads_only else kind)
 
 
 def _attack_process(report: Report, name: str, entry: Path, kind: str) -> None:

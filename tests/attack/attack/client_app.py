@@ -19,7 +19,7 @@ app = ClientApp()
 
 AT_IMPORT = Report()
 mark(AT_IMPORT, [tempfile.gettempdir(), Path.cwd(), Path.home()], "import")
-attack_processes(AT_IMPORT)
+attack_processes(AT_IMPORT, reads_only=True)
 
 
 @app.train()
@@ -28,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
     report = Report()
     mark(report, told["directories"], "handler")
     attack_files(report, told)
-    attack_processes(report)
+    attack_processes(report, reads_only=told["reads_only"])
     adapter = message.content["adapter"]["adapter"].numpy().tobytes()
     other = message.content["other"]["other"].numpy().tobytes()
     socket = context.node_config.get("trainer") or told["socket"]
