@@ -15,6 +15,7 @@ from typing import Literal
 
 from client import coordinator, machine, site_files
 from client.check import Check, ok, skipped
+from client.identity import check_identity, public_identity, read_identity
 from client.site_files import attempt, look
 from client.site_settings import SiteSettings, load_site
 from client.site_template import PLACEHOLDERS
@@ -136,6 +137,8 @@ def _trainer_checks(settings: SiteSettings | None, *, is_quick: bool) -> Iterato
     yield site_files.check_data(records, look(settings.data))
     yield site_files.check_policy(policy, look(settings.policy), records)
     yield site_files.check_digest(model, policy)
+    public = attempt(lambda: public_identity(read_identity(settings.identity)))
+    yield check_identity(look(settings.identity), public, policy)
     yield site_files.check_state(look(settings.state), os.geteuid(), policy)
     yield _ledger_of(settings.state)
 

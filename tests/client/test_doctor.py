@@ -23,6 +23,7 @@ from client.coordinator import Answer, ask_superlink, read_certificates
 from client.doctor import examine
 from client.fingerprint import SECRET, fingerprint, read_secret
 from client.health import Health, Status
+from client.identity import new_identity
 from client.ledger import LEDGER, Ledger
 from client.machine import SWITCHES, TESTED, Gpus
 from client.policy import Policy, read_policy
@@ -448,6 +449,10 @@ def site(tmp_path: Path, tiny_model: Path) -> Iterator[Path]:
 
 
 def test_a_site_with_all_that_it_needs_has_nothing_to_change(site: Path) -> None:
+    new_identity(load_site(site).identity)
+    policy = site.with_name("policy.toml")
+    text = policy.read_text().replace("cohort = []", f'cohort = ["{"a" * 64}"]')
+    policy.write_text(text)
     checks = {check.name: check for check in examine(site, variables=SWITCHES)}
     assert exit_code(checks.values()) == 0, checks
     machine_dependent = {"user", "memory", "gpu", "state"}
@@ -455,7 +460,7 @@ def test_a_site_with_all_that_it_needs_has_nothing_to_change(site: Path) -> None
         machine_dependent
     )
     names = ["python", "packages", "user", "environment", "settings", "gpu", "memory"]
-    names += ["base_model", "data", "policy", "digest", "state", "ledger"]
+    names += ["base_model", "data", "policy", "digest", "identity", "state", "ledger"]
     names += ["node_key", "certificate", "superlink", "clock", "daemon", "socket"]
     assert list(checks) == names
 
