@@ -15,7 +15,7 @@ from typing import Literal
 
 from client import coordinator, machine, site_files
 from client.check import Check, ok, skipped
-from client.identity import public_identity, read_identity
+from client.identity import check_identity, public_identity, read_identity
 from client.site_files import attempt, look
 from client.site_settings import SiteSettings, load_site
 from client.site_template import PLACEHOLDERS
@@ -138,7 +138,7 @@ def _trainer_checks(settings: SiteSettings | None, *, is_quick: bool) -> Iterato
     yield site_files.check_policy(policy, look(settings.policy), records)
     yield site_files.check_digest(model, policy)
     public = attempt(lambda: public_identity(read_identity(settings.identity)))
-    yield site_files.check_identity(look(settings.identity), public)
+    yield check_identity(look(settings.identity), public, policy)
     yield site_files.check_state(look(settings.state), os.geteuid(), policy)
     yield _ledger_of(settings.state)
 

@@ -28,8 +28,6 @@ VOLATILE = {"tmpfs": "a restart", "ramfs": "a restart", "overlay": "the containe
 KEPT_ADAPTERS = 6
 """Files of one adapter's size that a run may hold at a time: two updates (client.answers), and two
 adapters and two residuals (client.site_state)."""
-IDENTITY_DIGITS = 64
-"""Of an identity's public half, in hex."""
 LEAST_BYTES = 64 << 20
 """For ledger, locks and logs."""
 
@@ -197,26 +195,6 @@ def check_node_key(place: Place, public: str, beside: str | None) -> Check:
         fix = f"ssh-keygen -y -f {place.path} > {place.path}.pub, and have that one registered"
         return Check(name, "fail", "the public key beside it is another key's", fix)
     return ok(name, f"{public.split(maxsplit=1)[0]}, mode {place.mode:04o}")
-
-
-def check_identity(place: Place, public: str) -> Check:
-    """Say whether the key for secure sums can be used, and by nobody else.
-
-    Args:
-        place: Of the private key.
-        public: Its public half in hex, or why there is none.
-    """
-    name = "identity"
-    if not place.is_there and not place.is_hidden:
-        said = f"{place.path} does not exist, so this site takes part in no secure sum"
-        return Check(name, "warn", said, "client identity --config site.toml makes it")
-    if place.mode & 0o077:
-        said = f"mode {place.mode:04o}: other users can read it"
-        fix = f"chmod 600 {place.path}; if somebody read it, make a new one and tell all sites"
-        return Check(name, "fail", said, fix)
-    if len(public) != IDENTITY_DIGITS or " " in public:
-        return Check(name, "fail", public, "run this as the trainer's user, or `client identity`")
-    return ok(name, f"{public[:16]}…, mode {place.mode:04o}")
 
 
 def check_model(found: Model | str) -> Check:

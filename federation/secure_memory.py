@@ -105,9 +105,9 @@ class SecureMemory:
         if (terms.server_round, terms.subject) != (server_round, subject):
             return None
         raw = (self._directory / "opening.sum").read_bytes()
-        sum_N: Ring = unpack(raw, terms.ring_bits)
-        if len(sum_N) != terms.num_elements:
+        if len(raw) != terms.num_elements * terms.ring_bits // 8:
             raise self._damaged(self._directory / "opening.sum")
+        sum_N: Ring = unpack(raw, terms.ring_bits)
         return SecureSum.reopened(opening, sum_N), parts
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.identity import new_identity, public_identity, read_identity
+from client.identity import check_identity, new_identity, public_identity, read_identity
 from client.ledger import LEDGER, Row, read_ledger
+from client.policy import Policy
+from client.site_files import attempt, look
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.header import num_numbers
@@ -284,7 +286,6 @@ def test_a_policy_refuses_the_first_stage_and_nothing_is_trained(
 def test_a_policy_that_became_stricter_ends_a_site_s_part_between_the_stages(
     sites: SecureSites, asks: Asks
 ) -> None:
-    from client.policy import Policy
     from tests.client.policy_example import changed
 
     secure = run_until(sites, asks(), Stage.MASK)
@@ -427,6 +428,29 @@ def test_the_command_makes_an_identity_and_prints_the_same_one_again(
     assert first == public_identity(read_identity(tmp_path / "state" / "identity"))
     assert run_command(monkeypatch, "identity", "--config", config, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"identity": first}
+
+
+def test_the_doctor_says_whether_a_site_can_be_in_a_secure_sum(tmp_path: Path) -> None:
+    def found(cohort: list[str], *, is_required: bool = True) -> tuple[str, str]:
+        policy = Policy.model_validate(
+            {"aggregation": {"cohort": cohort, "secure_sum_required": is_required}}
+        )
+        public = attempt(lambda: public_identity(read_identity(path)))
+        check = check_identity(look(path), public, policy)
+        assert check.fix or check.level in ("ok", "skip")
+        return check.level, check.found
+
+    path, other = tmp_path / "identity", "a" * 64
+    assert found([]) == ("warn", "none, and the policy requires secure sums")
+    assert found([], is_required=False)[0] == "ok"
+    public = public_identity(new_identity(path))
+    assert found([])[1] == "no other site is listed"
+    assert found(["any"])[0] == "warn"
+    assert found([other]) == ("ok", f"{public[:16]}…, 1 sites listed")
+    path.chmod(0o644)
+    assert found([other])[1].startswith("mode 0644")
+    path.write_text("no key")
+    assert found([other])[0] == "fail"
 
 
 def test_an_identity_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
