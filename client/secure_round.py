@@ -94,7 +94,8 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         path = _spooled(scratch, site.advertise(terms_of(question)))
     else:
         question = _asked_again(trainer, said)
-        trainer.gate.allow(question)
+        kept = Answers(trainer.site.state, run).find(server_round, question.digest)
+        trainer.gate.allow(replace(question, is_repeated=kept is not None))
         if stage == Stage.MASK:
             path, metrics = _masked(trainer, site, question, message.read_bytes())
         else:
@@ -194,6 +195,7 @@ def _masked(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
+    answers.note(kept)
     trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
     return path, dict(kept.metrics)
 

@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 CALLS = 4
 """Calls at the same time; more are refused. One is answered, the others wait for it."""
-READ_S = 900.0
-"""How long a caller may take to send its question."""
+READ_S = 120.0
+"""How long a caller may take to send its question, from its own memory."""
+WRITE_S = 120.0
+"""And to read its answer. Who takes longer holds a place of `CALLS`, and is cut off."""
 _PR_SET_PDEATHSIG = 1
 
 OpenGate = Callable[[SiteSettings, Callable[..., None]], contextlib.AbstractContextManager[Gate]]
@@ -153,6 +155,9 @@ def _listening(
     spools: Path,
     calls: queue.SimpleQueue[_Call | None],
     closed: threading.Event,
+    *,
+    read_s: float = READ_S,
+    write_s: float = WRITE_S,
 ) -> Iterator[None]:
     """Serve the socket for the time of a block; the answers under way go out before it ends.
 
@@ -161,6 +166,8 @@ def _listening(
         spools: Directory for the messages in flight.
         calls: Where the questions go.
         closed: Set when no more of them are answered.
+        read_s: How long a caller may take to send its question.
+        write_s: And to read its answer.
     """
     import grpc
 
@@ -170,7 +177,8 @@ def _listening(
         directory = Path(tempfile.mkdtemp(dir=spools))
         try:
             reply = _ask(parts, context, directory)
-            yield from _reply_parts(reply)
+            with _cut_off_after(write_s, context):
+                yield from _reply_parts(reply)
         except LinkError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except futures.CancelledError:
@@ -179,15 +187,11 @@ def _listening(
             shutil.rmtree(directory, ignore_errors=True)
 
     def _ask(parts: Iterator[Part], context: Any, directory: Path) -> Reply:
-        slow = threading.Timer(READ_S, context.cancel)
-        slow.start()
-        try:
+        with _cut_off_after(read_s, context):
             head, chunks = read_parts(parts)
             call = _Call(head, directory, context.is_active)
             with call.message.open("wb") as file:
                 spool(chunks, file, settings.max_message_bytes)
-        finally:
-            slow.cancel()
         calls.put(call)
         while not closed.is_set():
             with contextlib.suppress(TimeoutError):
@@ -209,14 +213,35 @@ def _listening(
 
 
 @contextlib.contextmanager
+def _cut_off_after(seconds: float, context: Any) -> Iterator[None]:
+    """Cancel a call whose other end takes longer than this block may."""
+    slow = threading.Timer(seconds, context.cancel)
+    slow.daemon = True
+    slow.start()
+    try:
+        yield
+    finally:
+        slow.cancel()
+
+
+@contextlib.contextmanager
 def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     """Start a server on the site's socket, closed to all but its owner or one group.
 
     Raises:
-        UserError: Another trainer listens there, or the group is unknown.
+        UserError: Another trainer listens there, the group is unknown, or every user of the machine
+            may write in its directory.
     """
     path = settings.socket
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = path.parent.stat()
+    if directory.st_mode & 0o002:
+        raise UserError(
+            f"{path.parent} is open for every user of this machine, who could put a socket of his "
+            "own there: name a directory of its own for the trainer's socket"
+        )
+    # Only a directory that is closed as this program closes it: not /run, whoever owns that.
+    is_own = directory.st_uid == os.geteuid() and directory.st_mode & 0o777 in (0o700, 0o710)
     if path.exists() and not _is_stale(path):
         raise UserError(f"a trainer listens on {path} already: end it, or choose another socket")
     path.unlink(missing_ok=True)
@@ -228,14 +253,16 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     if settings.socket_group:
         try:
             shutil.chown(path, group=settings.socket_group)
-            shutil.chown(path.parent, group=settings.socket_group)
+            if is_own:
+                shutil.chown(path.parent, group=settings.socket_group)
         except (LookupError, OSError) as error:
             raise UserError(
                 f"socket_group {settings.socket_group!r}: {error}: name a group that the "
                 "trainer's user is a member of"
             ) from None
         path.chmod(0o660)
-        path.parent.chmod(0o710)
+        if is_own:
+            path.parent.chmod(0o710)
     server.start()
     try:
         yield
