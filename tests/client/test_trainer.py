@@ -57,6 +57,8 @@ def message_of(base_model: Path, seed: int = 0) -> bytes:
 class Bench:
     """A trainer in this process, with lists for a ledger and a log."""
 
+    data_set = "d" * 64
+
     def __init__(self, base_model: Path, directory: Path) -> None:
         data = write_records(directory / "data.jsonl", 12)
         self.directory = directory

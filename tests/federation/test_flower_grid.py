@@ -144,7 +144,6 @@ def answer(node: Any, asked: Any, update: bytes) -> bool:
             arrays={"adapter": update},
             metrics={"result": {"seconds": 1.0}},
             configs={"site": {"name": "bank"}},
-            seconds=1.0,
         )
     )
 
