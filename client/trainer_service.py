@@ -17,6 +17,7 @@ import queue
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -229,19 +230,19 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     """Start a server on the site's socket, closed to all but its owner or one group.
 
     Raises:
-        UserError: Another trainer listens there, the group is unknown, or every user of the machine
-            may write in its directory.
+        UserError: Another trainer listens there, its directory is open to all, or the group is
+            unknown.
     """
     path = settings.socket
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     directory = path.parent.stat()
-    if directory.st_mode & 0o002:
+    mode = directory.st_mode
+    # Not in /tmp either: while no trainer listens, anybody could put a socket of that name there.
+    if mode & 0o002 or (mode & 0o020 and not mode & stat.S_ISVTX):
         raise UserError(
-            f"{path.parent} is open for every user of this machine, who could put a socket of his "
-            "own there: name a directory of its own for the trainer's socket"
+            f"{path.parent} may be written by others, who could put their own socket in the place "
+            "of the trainer's: run `chmod go-w` on it, or choose another directory"
         )
-    # Only a directory that is closed as this program closes it: not /run, whoever owns that.
-    is_own = directory.st_uid == os.geteuid() and directory.st_mode & 0o777 in (0o700, 0o710)
     if path.exists() and not _is_stale(path):
         raise UserError(f"a trainer listens on {path} already: end it, or choose another socket")
     path.unlink(missing_ok=True)
@@ -253,16 +254,15 @@ def _socket(settings: SiteSettings, server: Any) -> Iterator[None]:
     if settings.socket_group:
         try:
             shutil.chown(path, group=settings.socket_group)
-            if is_own:
+            if directory.st_uid == os.geteuid() and not mode & 0o007:  # else not ours to close
                 shutil.chown(path.parent, group=settings.socket_group)
+                path.parent.chmod(0o710)
         except (LookupError, OSError) as error:
             raise UserError(
                 f"socket_group {settings.socket_group!r}: {error}: name a group that the "
                 "trainer's user is a member of"
             ) from None
         path.chmod(0o660)
-        if is_own:
-            path.parent.chmod(0o710)
     server.start()
     try:
         yield
