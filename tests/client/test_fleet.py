@@ -221,6 +221,17 @@ def test_a_message_comes_as_plain_values_and_its_reply_arrives_whole(
 
 
 @pytest.mark.slow
+def test_the_coordinator_is_told_no_duration(superlink: Any) -> None:
+    """Flower adds up what the nodes say of a run; `metrics` and the site's policy decide here."""
+    message_id = superlink.send(b"adapter")
+    with node_of(superlink) as connection:
+        assert answer(connection, connection.receive())
+    assert superlink.take_reply(message_id) is not None
+    (run,) = superlink.state.get_run_info(run_ids=[superlink.run_id])
+    assert run.clientapp_runtime == 0.0
+
+
+@pytest.mark.slow
 def test_a_message_in_hand_is_given_out_again_after_a_crash_and_its_lease_taken_over(
     superlink: Any, tmp_path: Path
 ) -> None:
