@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from client.answers import Answers, Kept
-from client.reasons import code_and_reason
+from client.reasons import Refused, code_and_reason
 from client.round import (
     Answer,
     RoundRequest,
@@ -30,6 +30,7 @@ from client.round import (
 )
 from client.settings import TrainingSettings
 from client.site import Site
+from client.site_state import SiteState
 from client.trainer_link import LinkError, read_object
 from federation.settings import load_settings
 from federation.wire import Update
@@ -204,6 +205,8 @@ class Trainer:
             ),
         )
         self.gate.record(question, kept)
+        answers = Answers(self.site.state, request.run)
+        answers.note(kept)
         self.say(
             "answered",
             run=request.run,
@@ -216,7 +219,7 @@ class Trainer:
         )
         return Reply(
             self.reply_head(kept.num_bytes, kept.metrics),
-            Answers(self.site.state, request.run).path(kept),
+            answers.path(kept),
         )
 
     def kept_answer(
@@ -231,14 +234,21 @@ class Trainer:
             train: Makes the answer, once it is allowed; not called when it was given before.
 
         Raises:
-            Refused: The policy does not allow it, or the round was answered to another question.
+            Refused: The policy does not allow it, the round was answered to another question, or
+                the answer was never charged, and would now be charged to other records.
         """
         server_round = question.request.server_round
         answers = Answers(self.site.state, question.request.run)
         kept = answers.find(server_round, question.digest)
         self.gate.allow(replace(question, is_repeated=kept is not None))
         if kept is not None:
+            if not kept.is_noted and kept.data_set != self.gate.data_set:
+                raise Refused(
+                    "data_set",
+                    "this site's records changed since it trained this round: go on to another",
+                )
             return kept, None
+        SiteState(self.site.state, question.request.run).take_back_unless(answers.is_noted)
         started = time.perf_counter()
         answer = train()
         self.say("trained", run=question.request.run, server_round=server_round)
@@ -254,6 +264,7 @@ class Trainer:
             update=answer.update,
             metrics=self.gate.release(question, measured),
             num_examples=answer.num_examples,
+            data_set=self.gate.data_set,
         )
         return kept, answer.training_s
 
