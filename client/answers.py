@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from client.accountant import PrivacyEvent
 from client.reasons import Refused
 from client.site_state import KEPT_S, SiteStateError
 from federation.atomic import write_atomically
@@ -45,6 +46,13 @@ class Kept:
     """The numbers that leave with it."""
     num_examples: int = 0
     """Records behind it: what it weighs in a secure sum. Does not leave by itself."""
+    event: PrivacyEvent | None = None
+    """What its training spent; None = it was not private."""
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the training failed after it had begun: no update, and still an answer."""
+        return self.num_bytes == 0
 
 
 class Answers:
@@ -79,8 +87,10 @@ class Answers:
         if not path.is_file():
             return None
         try:
-            kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            event = values.pop("event", None)
+            kept = Kept(**values, event=None if event is None else PrivacyEvent(**event))
+        except (ValueError, TypeError, AttributeError):
             raise self._damaged(path) from None
         if kept.question != question:
             raise Refused(
@@ -109,6 +119,7 @@ class Answers:
         update: bytes,
         metrics: Mapping[str, float],
         num_examples: int = 0,
+        event: PrivacyEvent | None = None,
     ) -> Kept:
         """Put an answer on disk; it is there when this returns. Arguments: the fields of `Kept`."""
         # An update says something of the records behind it: it is for no other user of the machine.
@@ -116,7 +127,7 @@ class Answers:
         self._directory.parent.chmod(0o700)
         digest = hashlib.sha256(update).hexdigest()
         kept = Kept(
-            server_round, question, adapter, digest, len(update), dict(metrics), num_examples
+            server_round, question, adapter, digest, len(update), dict(metrics), num_examples, event
         )
         write_atomically(self.path(kept), update)
         # Its description last: without it the update is not there.

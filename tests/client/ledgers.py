@@ -36,6 +36,7 @@ def entry(server_round: int = 1, **changes) -> Entry:
         "metrics": {"seconds": 1.5},
         "clip_norm": 1.0,
         "event": PrivacyEvent(1.0, 0.1, 4),
+        "batch": 1,
         "delta": 1e-3,
         "data_set": ONE,
     }

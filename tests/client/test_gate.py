@@ -49,7 +49,13 @@ HEAD: dict[str, Any] = {
 LIMITS: dict[str, Any] = {
     "runs": {"allowed": [RUN], "bundles": ["c" * 64]},
     "adapter": {"modules": ["model.layers.*"], "max_rank": 8, "max_alpha": 16.0},
-    "training": {"max_steps": 8, "max_batch": 8, "max_tokens": 64, "max_rounds": 9},
+    "training": {
+        "max_steps": 8,
+        "max_batch": 8,
+        "max_tokens": 64,
+        "max_learning_rate": 0.01,
+        "max_rounds": 9,
+    },
     "traffic": {
         "uplink": ["float32"],
         "max_round_bytes": 1_000_000,

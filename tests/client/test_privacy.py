@@ -139,7 +139,7 @@ def test_clipping_shortens_each_record_as_a_whole_and_to_the_bound() -> None:
         assert length == pytest.approx(min(bound, norms[record]), rel=1e-5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_counts_as_zero(value: float) -> None:
     gradients = [torch.ones(3, 2, 2), torch.ones(3, 4, 1)]
     gradients[1][1, 2, 0] = value
@@ -310,8 +310,9 @@ def test_training_that_is_not_private_spends_nothing_and_draws_as_ever(
 
 
 def test_a_batch_larger_than_the_data_set_is_refused() -> None:
-    with pytest.raises(SettingsError, match="is 24 and the data set holds 23 records"):
+    with pytest.raises(SettingsError, match="is 24, more than the data set holds") as caught:
         privacy_event(settings(batch_size=8, accumulation=3), 23)
+    assert "23" not in str(caught.value)
     event = privacy_event(settings(batch_size=8, accumulation=3), 24)
     assert event == PrivacyEvent(noise_multiplier=1.0, sampling_rate=1.0, steps=4)
 
