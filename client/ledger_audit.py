@@ -45,7 +45,7 @@ def check_epsilons(
     for index, row in enumerate(contents.rows):
         num_records = contents.data_sets[row.data_set]
         rate = min(1.0, row.batch / max(num_records, 1))
-        if not math.isclose(rate, row.sampling_rate, rel_tol=TOLERANCE):
+        if row.steps and not math.isclose(rate, row.sampling_rate, rel_tol=TOLERANCE):
             raise LedgerError(
                 f"{path}: row {row.number} says sampling rate {row.sampling_rate:.6g}, and "
                 f"{row.batch} of its {num_records} records are {rate:.6g}: do not rely on its "
