@@ -77,6 +77,8 @@ class Box:
         self.site.state.mkdir()
         self.message = self.message_of(0)
         self.said: list[tuple[str, dict[str, Any]]] = []
+        self.fingerprinted: Path | None = None
+        """What the ledger charges, if it is not the site's data."""
 
     def message_of(self, seed: int) -> bytes:
         adapter = initial_adapter(
@@ -90,7 +92,8 @@ class Box:
         """Ask a trainer that begins its life with this question."""
         base = {"models": {"base": [model_digest(self.base_model)]}}
         policy = Policy.model_validate(changed({**LIMITS, **base}, **limits))
-        data_set = fingerprint(site_records(self.site.data), read_secret(self.site.state))
+        records = site_records(self.fingerprinted or self.site.data)
+        data_set = fingerprint(records, read_secret(self.site.state))
         path = self.directory / "message"
         path.write_bytes(self.message if message is None else message)
         scratch = Path(tempfile.mkdtemp(dir=self.directory))
@@ -178,6 +181,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("runs.bundles", lambda head: head | {"bundle": "d" * 64}),
     ("training.max_steps", lambda head: changed(head, training__num_steps=9)),
     ("training.max_batch", lambda head: changed(head, training__batch_size=9)),
+    ("training.max_learning_rate", lambda head: changed(head, training__learning_rate=0.011)),
     ("training.max_rounds", lambda head: head | {"server_round": 10}),
     ("traffic.uplink", lambda head: head | {"uplink": "bfloat16"}),
     ("aggregation.kinds", lambda head: head | {"aggregation": "products"}),
