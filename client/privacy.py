@@ -13,7 +13,8 @@ multiplies in their product (Sun et al., arXiv:2403.12313).
 
 A killed run starts over with other records and other noise. Nothing of the first had left the
 site, so that it costs nothing; a checkpoint would keep the noise on a disk, to be subtracted from
-the rest.
+the rest. A run that *fails* may tell of its draw by that: its caller charges it
+(`client.trainer`).
 
 Shape letters: B records, T tokens, N learned positions, O out features, I in features.
 """

@@ -1,8 +1,10 @@
 """What a site does with a question: may it be answered, was it answered before, train, keep, note.
 
-The order is the guarantee. Nothing is trained before it was allowed; the answer is on disk before
-it is noted as spent, and it is noted before a byte of it leaves. A crash between any two of these
-leads to the same bytes or to none, and never to a second draw of noise.
+The order is the guarantee. Nothing is opened before its head and header were admitted, and nothing
+trained before it was allowed; the answer is on disk before it is noted as spent, and it is noted
+before a byte of it leaves. A crash between any two of these leads to the same bytes or to none, and
+never to a second draw of noise. A private round that fails is an answer too, the same for each
+cause.
 
 No socket and no thread here: `client.trainer_service` has those.
 """
