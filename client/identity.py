@@ -33,7 +33,7 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(
-            f"identity_key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
+            f"identity key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
             "`client identity`"
         )
     return key

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from federation.atomic import atomic_file, write_atomically
 from federation.errors import UserError
-from federation.exchange import Part
+from federation.gathering import Part
 from federation.masking import pack, unpack
 from federation.secure_messages import Opening
 from federation.secure_sum import SecureSum

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from federation import events
-from federation.exchange import Gathered, Outgoing, Part, RoundError, draw, request_of
+from federation.exchange import RoundError
+from federation.gathering import Gathered, Outgoing, Part, draw, request_of
 from federation.header import WireError, num_numbers
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory

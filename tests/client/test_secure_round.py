@@ -1,5 +1,6 @@
 """A site's trainer in secure sums, behind a real policy and ledger."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from federation.secure_sum import SecureSum
 from federation.settings import SettingsError
 from federation.sites import Reply, Request
 from federation.wire import encode, open_update
+from tests.client.test_cli import run as run_command
 from tests.conftest import write_records
 from tests.secure_sites import STAGES, SecureSites
 
@@ -342,8 +344,7 @@ def test_a_plain_question_is_refused_where_a_secure_sum_is_required_or_was_answe
         sites.send(["a"], plain)
         assert "replay" in (sites.receive().error or "")
         sites.send(["a"], replace(asks(), stage="", attempt=0))
-        reply = sites.receive()
-        assert reply.update is None
+        assert "says an empty stage" in (sites.receive().error or "")
         assert len(rows_of(sites, "a")) == 1
 
 
@@ -419,6 +420,20 @@ def test_what_is_no_stage_of_a_secure_sum_is_answered_with_an_error(
     assert sites.receive().update is None
     with pytest.raises(SecureSumError):
         secure.take("a", b"")
+
+
+def test_the_command_makes_an_identity_and_prints_the_same_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = dict.fromkeys(("root_certificate", "node_key", "base_model", "data"), "x")
+    values |= {"superlink": "localhost:1", "policy": "policy.toml", "state": "state"}
+    config = tmp_path / "site.toml"
+    config.write_text("".join(f'{name} = "{value}"\n' for name, value in values.items()))
+    assert run_command(monkeypatch, "identity", "--config", config) == 0
+    first = capsys.readouterr().out.strip()
+    assert first == public_identity(read_identity(tmp_path / "state" / "identity"))
+    assert run_command(monkeypatch, "identity", "--config", config, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"identity": first}
 
 
 def test_an_identity_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

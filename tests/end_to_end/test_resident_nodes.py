@@ -197,7 +197,9 @@ def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
     shutil.rmtree(root)
 
 
-def new_institution(made: Deployment, inputs: Path, directory: Path, policy: str) -> Institution:
+def new_institution(
+    made: Deployment, inputs: Path, directory: Path, policy: str, **more: Any
+) -> Institution:
     """Return a registered site whose daemon was started; it is called as its directory is."""
     name = directory.name
     key = make_node_key(directory)
@@ -213,7 +215,7 @@ def new_institution(made: Deployment, inputs: Path, directory: Path, policy: str
         "name": name,
         "log": "site.log",
         "drain_s": 120.0,
-    }
+    } | more
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     (directory / "site.toml").write_text("\n".join(lines) + "\n")
     (directory / "policy.toml").write_text(policy)

@@ -10,8 +10,9 @@ import pytest
 
 from client.ledger import LEDGER, read_ledger
 from federation.adapter import Adapter, read_adapter
-from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened
+from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened, UpdateReceived
 from federation.exchange import RoundError
+from federation.plan import make_plan
 from federation.rounds import run_rounds
 from federation.run_directory import RunDirectory
 from federation.secure_messages import Stage
@@ -269,7 +270,7 @@ def test_a_liar_among_the_holders_of_shares_cannot_open_anything(
 
 
 def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
-    settings: Make, sites: SecureSites
+    settings: Make, sites: SecureSites, tiny_model: Path
 ) -> None:
     run(sites, settings(training=SHORT, num_rounds=2, metrics="train_loss"))
     out = Path(settings().out)
@@ -292,6 +293,10 @@ def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
     for each in sites.institutions.values():
         rows = read_ledger(each.site.state / LEDGER).rows
         assert [(row.server_round, row.stage) for row in rows] == [(1, "secure"), (2, "secure")]
+    config = json.loads((tiny_model / "config.json").read_text())
+    planned = make_plan(settings(num_rounds=2), config).up.site
+    seen = {(e.server_round, e.num_bytes) for e in events(settings(), UpdateReceived)}
+    assert seen == {(1, planned.first), (2, planned.even)}
     losses = [event.train_loss for event in events(settings(), RoundFinished)]
     assert all(loss is not None for loss in losses)
     summary = summarise(out / "events.jsonl")
