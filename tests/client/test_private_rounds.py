@@ -226,3 +226,10 @@ def test_nothing_is_drawn_where_the_training_would_cost_something_else_than_was_
     (failure,) = [values for name, values in box.said if name == "private_round_failed"]
     assert failure["error"] == "AssertionError"
     assert (stages_and_events(box), drawn_from) == ([], [])
+
+
+def test_a_message_longer_than_its_header_says_is_not_opened(box: Box) -> None:
+    reply = box.ask(HEAD, box.message + bytes(1 << 20))
+    assert (reply.update, reply.head["code"]) == (None, SITE_ERROR)
+    assert "bytes of tensors, its header says" in reply.head["reason"]
+    assert stages_and_events(box) == []
