@@ -1,11 +1,13 @@
 """The answers that a site gave, on its disk before they leave it.
 
-DIR/answers/<run>/<round>.json     the question's digest, the numbers beside the update
-                  <round>.update   the update; kept for the last rounds only
+DIR/answers/<run>/<round>.json     the question's digest, the numbers beside the update; for ever
+                  <round>.update   the update; kept for the last rounds only, and for some weeks
 
 A round that is asked again is answered with the same bytes: nothing is trained again, no noise is
 drawn again, nothing is charged again. The same round with another adapter or other settings is
 another question, and refused: whoever could ask a round anew could have its noise averaged out.
+Only an answer that is noted (`Answers.note`: the ledger has it) may have left; so a noted answer
+without its row shows a ledger that was put back from before (`client.site_ledger`).
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from client.accountant import PrivacyEvent
@@ -46,8 +47,12 @@ class Kept:
     """The numbers that leave with it."""
     num_examples: int = 0
     """Records behind it: what it weighs in a secure sum. Does not leave by itself."""
+    data_set: str = ""
+    """Digest of the records that it was trained on."""
     event: PrivacyEvent | None = None
     """What its training spent; None = it was not private."""
+    is_noted: bool = False
+    """Whether the ledger has it. Before that nothing of it left."""
 
     @property
     def is_failed(self) -> bool:
@@ -83,15 +88,9 @@ class Answers:
             Refused: The round was answered, but to another question, or too long ago.
             SiteStateError: What was kept is damaged.
         """
-        path = self._directory / f"{server_round}.json"
-        if not path.is_file():
+        kept = self._read(server_round)
+        if kept is None:
             return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            event = values.pop("event", None)
-            kept = Kept(**values, event=None if event is None else PrivacyEvent(**event))
-        except (ValueError, TypeError, AttributeError):
-            raise self._damaged(path) from None
         if kept.question != question:
             raise Refused(
                 "replay",
@@ -103,11 +102,11 @@ class Answers:
             raise Refused(
                 "replay",
                 f"round {server_round} of this run was answered, and its update is kept for "
-                f"{KEPT_ROUNDS} rounds only: go on with the next round",
+                f"{KEPT_ROUNDS} rounds and some weeks only: go on with the next round",
             )
         with self.path(kept).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != kept.sha256:
-                raise self._damaged(self.path(kept))
+                raise _damaged(self.path(kept))
         return kept
 
     def keep(
@@ -119,6 +118,7 @@ class Answers:
         update: bytes,
         metrics: Mapping[str, float],
         num_examples: int = 0,
+        data_set: str = "",
         event: PrivacyEvent | None = None,
     ) -> Kept:
         """Put an answer on disk; it is there when this returns. Arguments: the fields of `Kept`."""
@@ -127,24 +127,43 @@ class Answers:
         self._directory.parent.chmod(0o700)
         digest = hashlib.sha256(update).hexdigest()
         kept = Kept(
-            server_round, question, adapter, digest, len(update), dict(metrics), num_examples, event
+            server_round,
+            question,
+            adapter,
+            digest,
+            len(update),
+            dict(metrics),
+            num_examples,
+            data_set,
+            event,
         )
         write_atomically(self.path(kept), update)
         # Its description last: without it the update is not there.
-        write_atomically(
-            self._directory / f"{server_round}.json", json.dumps(asdict(kept), indent=2)
-        )
+        self._write(kept)
         self._remove_old(server_round)
         return kept
+
+    def note(self, kept: Kept) -> None:
+        """Note that the ledger has an answer, before a byte of it leaves."""
+        if not kept.is_noted:
+            self._write(replace(kept, is_noted=True))
+
+    def is_noted(self, server_round: int) -> bool:
+        """Return whether the answer to a round may have left."""
+        kept = self._read(server_round)
+        return kept is not None and kept.is_noted
 
     def path(self, kept: Kept) -> Path:
         """Return the file of an update."""
         return self._directory / f"{kept.server_round}.update"
 
-    def _damaged(self, path: Path) -> SiteStateError:
-        return SiteStateError(
-            f"{path} is damaged: restore it from a copy; the round cannot be answered again"
-        )
+    def _read(self, server_round: int) -> Kept | None:
+        path = self._directory / f"{server_round}.json"
+        return _read(path) if path.is_file() else None
+
+    def _write(self, kept: Kept) -> None:
+        path = self._directory / f"{kept.server_round}.json"
+        write_atomically(path, json.dumps(asdict(kept), indent=2))
 
     def _remove_old(self, server_round: int) -> None:
         for path in self._directory.iterdir():
@@ -153,7 +172,33 @@ class Answers:
                 path.unlink()
             elif not number:
                 path.unlink()  # what a kill left half written begins with a dot
-        for path in (self._root / "answers").iterdir():
+        for path in (self._root / "answers").glob("*/*.update"):
             with contextlib.suppress(FileNotFoundError):  # another run may be removing it too
-                if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
-                    shutil.rmtree(path)
+                if path.parent != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
+                    path.unlink()
+
+
+def noted_rounds(root: Path) -> Iterator[tuple[str, int]]:
+    """Yield the run and the round of every answer that may have left, in a state directory.
+
+    Raises:
+        SiteStateError: A description is damaged.
+    """
+    for path in sorted((root / "answers").glob("*/*.json")):
+        if not path.name.startswith(".") and (kept := _read(path)).is_noted:
+            yield path.parent.name, kept.server_round
+
+
+def _read(path: Path) -> Kept:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        event = values.pop("event", None)
+        return Kept(**values, event=None if event is None else PrivacyEvent(**event))
+    except (ValueError, TypeError, AttributeError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> SiteStateError:
+    return SiteStateError(
+        f"{path} is damaged: restore it from a copy, or remove it; the round is not answered again"
+    )

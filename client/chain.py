@@ -111,7 +111,7 @@ def head_path(path: Path) -> Path:
 
 def write_head(path: Path, head: Head) -> None:
     """Replace the head file; it is on disk when this returns."""
-    write_atomically(head_path(path), json.dumps(asdict(head)) + "\n")
+    write_atomically(head_path(path), json.dumps(asdict(head)) + "\n", mode=0o600)
 
 
 def read_head(path: Path) -> Head:
@@ -143,7 +143,9 @@ def claim(path: Path) -> TextIO:
         LedgerError: Another process holds it.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = path.with_name(f"{path.name}.lock").open("w")
+    lock = path.with_name(f"{path.name}.lock")
+    file = os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600), "w")
+    lock.chmod(0o600)  # an earlier version made it readable for all
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

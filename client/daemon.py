@@ -22,13 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.child import Child
+from client.child import Child, ChildError
 from client.claim import claim
 from client.health import Health, Status, health_endpoint
 from client.reasons import SITE_ERROR
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings
 from client.trainer_link import Answered, LinkError, TrainerLostError, ask, request_head
+from federation.errors import UserError
 
 if TYPE_CHECKING:
     from client.fleet import Asked, FleetNode
@@ -133,6 +134,7 @@ def _serve(life: _Life, trainer: Child | None) -> None:
         memory=settings.memory,
         stop=life.stop,
         say=say,
+        max_message_bytes=settings.max_message_bytes,
     )
     with contextlib.suppress(Stopped), node:
         wait, answered_at = settings.poll_s, float("-inf")
@@ -147,9 +149,27 @@ def _serve(life: _Life, trainer: Child | None) -> None:
             try:
                 _answer(life, node, trainer, asked)
             except FleetError as error:
-                life.log.say("reply_lost", group=asked.group, reason=str(error))
+                life.log.say("reply_lost", group=_shown(asked.group), reason=str(error))
                 node.give_up()
+            except (Stopped, UserError, ChildError):
+                raise
+            except Exception as error:  # a message is made by others, and must not end this loop
+                life.log.say("message_lost", reason=type(error).__name__)
+                _refuse(node, asked)
+            life.health.update(is_busy=False)
             wait, answered_at = settings.poll_s, time.monotonic()
+
+
+def _refuse(node: FleetNode, asked: Asked) -> None:
+    """Answer a message that cannot be read with a constant sentence, or let it go."""
+    from client.superlink import Stopped
+
+    try:
+        node.reply_error(asked, SITE_ERROR, "this site's node cannot read the message")
+    except (Stopped, UserError):
+        raise
+    except Exception:  # not even its head can be answered
+        node.give_up()
 
 
 def _keep_up(life: _Life, trainer: Child | None) -> None:
@@ -164,11 +184,12 @@ def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -
     """Answer the message in hand, or leave it in hand for the next life."""
     from federation.grid_sites import ADAPTER, RESULT, SITE
 
-    life.log.say("asked", kind=asked.kind, group=asked.group, bundle=asked.bundle[:16])
+    group = _shown(asked.group)
+    life.log.say("asked", kind=_shown(asked.kind), group=group, bundle=_shown(asked.bundle)[:16])
     life.health.update(run=str(asked.run_id), server_round=_number(asked.group), is_busy=True)
     started = time.monotonic()
     try:
-        answer = _answer_of(life, trainer, asked)
+        answer = _answer_of(life, node, trainer, asked)
         if answer is None:
             return
         if answer.code == 0:
@@ -177,7 +198,6 @@ def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -
                 arrays={ADAPTER: answer.update},
                 metrics={RESULT: answer.head["metrics"]},
                 configs={SITE: {"name": answer.head["site"]}},
-                seconds=time.monotonic() - started,
             )
         else:
             is_taken = node.reply_error(asked, answer.code, str(answer.head.get("reason", "")))
@@ -185,7 +205,7 @@ def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -
         is_taken = node.reply_error(asked, SITE_ERROR, str(error))
         answer = Answered({"code": SITE_ERROR}, b"")
     if not is_taken:
-        life.log.say("reply_lost", group=asked.group)
+        life.log.say("reply_lost", group=group)
     was = life.health.status
     now = datetime.now(UTC).isoformat(timespec="seconds")
     counts = (
@@ -193,17 +213,19 @@ def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -
         if answer.code == 0
         else {"num_refused": was.num_refused + 1}
     )
-    life.health.update(is_busy=False, **counts)
+    life.health.update(**counts)
     life.log.say(
         "replied",
-        group=asked.group,
+        group=group,
         code=answer.code,
         num_bytes=len(answer.update),
         seconds=round(time.monotonic() - started, 3),
     )
 
 
-def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | None:
+def _answer_of(
+    life: _Life, node: FleetNode, trainer: Child | None, asked: Asked
+) -> Answered | None:
     """Return the trainer's answer, through as many of its lives as it takes; None = no time left.
 
     Raises:
@@ -212,12 +234,11 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
     from federation.grid_sites import ADAPTER, ROUND, TRAINING
 
     if asked.kind != "train":
-        raise LinkError(f"this site answers train messages, not {asked.kind[:40]!r}")
+        raise LinkError(f"this site answers train messages, not {_shown(asked.kind)!r}")
     missing = {ROUND, TRAINING} - asked.configs.keys() | {ADAPTER} - asked.arrays.keys()
     if missing:
         raise LinkError(f"the message holds no {sorted(missing)[0]} record that can be read")
     head = request_head(asked.configs[ROUND], asked.configs[TRAINING], asked.bundle)
-    before = trainer.restarts if trainer else 0
 
     def is_wanted() -> bool:
         return life.is_patient() and time.time() < asked.expires_at
@@ -229,17 +250,23 @@ def _answer_of(life: _Life, trainer: Child | None, asked: Asked) -> Answered | N
             continue
         try:
             answer = ask(life.settings.socket, head, asked.arrays[ADAPTER], is_wanted=is_wanted)
-        except TrainerLostError:
-            lost = (trainer.restarts if trainer else 0) - before
-            life.log.say("trainer_lost", lost=lost)
-            if lost >= MAX_LOST:
-                raise LinkError(f"the trainer ended {lost} times while it answered") from None
+        except TrainerLostError as error:
+            if error.was_asked and is_wanted():
+                lost = node.note_lost(asked)
+                life.log.say("trainer_lost", lost=lost)
+                if lost >= MAX_LOST:
+                    raise LinkError(f"the trainer ended {lost} times while it answered") from None
             time.sleep(0.1)
             continue
         if trainer is not None:
             trainer.note_work()
         return answer
     return None
+
+
+def _shown(text: str) -> str:
+    """Return the beginning of a run's own word as printable ASCII, for the log."""
+    return ascii(text)[1:-1][:40]
 
 
 def _number(group: str) -> int:

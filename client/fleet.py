@@ -22,10 +22,11 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from client.flower import FlowerClient, Outgoing, Pulled, content_of, is_expired, reply_to
+from client.flower import FlowerClient, Outgoing, Pulled, content_of, expiry_of, reply_to
 from client.in_hand import InHand, Memory
-from client.superlink import FleetError, FleetKeyError, RunOverError, Superlink
-from federation.errors import UserError
+from client.reasons import SITE_ERROR
+from client.superlink import FleetError, FleetKeyError, RunOverError, Stopped, Superlink
+from federation.errors import FedgeError, UserError
 
 HEARTBEAT_S = 30.0
 """Said with every heartbeat; the SuperLink waits twice as long for the next one."""
@@ -34,6 +35,10 @@ LAST_HEARTBEAT_S = 10.0
 then to hand the reply out."""
 LEASE_S = 70.0
 """How long a lease that somebody else holds is waited for: 60 s of the SuperLink, and a little."""
+MAX_LIVES = 10
+"""How many lives of this node one message may end before it is answered with an error."""
+RECORD_BYTES = 1 << 20
+"""For what a message holds beside its adapter."""
 PUSHES = 3
 """How often a reply is begun anew when the SuperLink's push session (180 s) ran out on it."""
 
@@ -70,6 +75,7 @@ class FleetNode:
         memory: Path,
         stop: threading.Event,
         say: Callable[..., None],
+        max_message_bytes: int = 1 << 32,
     ) -> None:
         """Read the key and what a crash left; nothing is sent before the ``with`` block.
 
@@ -80,6 +86,7 @@ class FleetNode:
             memory: Directory of node.json and asked.json; one node a directory.
             stop: Set by whoever wants the node to leave; every wait for the SuperLink ends then.
             say: Called with the name of an event and its values.
+            max_message_bytes: Of the largest adapter that is fetched.
 
         Raises:
             UserError: Key or certificate cannot be read.
@@ -95,6 +102,7 @@ class FleetNode:
             ) from None
         self._memory = Memory(memory)
         self._say = say
+        self._max_bytes = max_message_bytes + RECORD_BYTES
         self._node_id: int | None = None
         self._bundles: dict[int, str] = {}
         self._replied_at = float("-inf")
@@ -128,6 +136,8 @@ class FleetNode:
             raise
         self._memory.keep_node(self.node_id)
         self._say("connected", node=str(self.node_id))
+        if (hand := self._memory.in_hand()) is not None:
+            self._memory.keep(replace(hand, lives=hand.lives + 1))
         self._heart.start()
         return self
 
@@ -151,7 +161,8 @@ class FleetNode:
     def receive(self) -> Asked | None:
         """Return the message in hand, or a new one; None when there is none.
 
-        A message that can no longer be answered is let go.
+        A message that can no longer be answered is let go, and so is one that cannot be read,
+        whatever it raises: it would end the next life of this node like this one.
 
         Raises:
             FleetKeyError: The site was removed from the SuperLink.
@@ -165,13 +176,27 @@ class FleetNode:
             hand = InHand(time.time(), pulled.message, pulled.tree)
             self._memory.keep(hand)
         try:
-            return self._open(Pulled(hand.message, hand.tree))
+            if hand.lives <= MAX_LIVES:
+                return self._open(hand)
+            self._say("message_lost", reason=f"it ended {hand.lives} lives of this node")
+            self._send_error(hand, SITE_ERROR, "this site's node ended with it, again and again")
+        except (Stopped, FleetKeyError):
+            raise
         except RunOverError:
             self._say("run_over")
-        except (FleetError, ValueError) as error:
-            self._say("message_lost", reason=str(error)[:200])
+        except Exception as error:
+            is_ours = isinstance(error, FedgeError)
+            reason = str(error)[:200] if is_ours else type(error).__name__
+            self._say("message_lost", reason=reason)
         self._memory.forget()
         return None
+
+    def note_lost(self, asked: Asked) -> int:
+        """Note that a trainer ended over a message; return how many did, in all lives."""
+        hand = self._held(asked)
+        hand = replace(hand, lost=hand.lost + 1)
+        self._memory.keep(hand)
+        return hand.lost
 
     def reply(
         self,
@@ -180,7 +205,6 @@ class FleetNode:
         arrays: Mapping[str, bytes],
         metrics: Mapping[str, Mapping[str, float]],
         configs: Mapping[str, Mapping[str, Any]],
-        seconds: float,
     ) -> bool:
         """Send the answer; return whether somebody waited for it.
 
@@ -189,7 +213,6 @@ class FleetNode:
             arrays: Bytes by name.
             metrics: Records of numbers by name.
             configs: Records of scalars by name.
-            seconds: That the answer took; Flower adds them up for each run.
 
         Raises:
             FleetError: The SuperLink refused it.
@@ -198,7 +221,7 @@ class FleetNode:
         hand = self._held(asked)
         pulled = Pulled(hand.message, hand.tree)
         content = content_of(arrays, metrics, configs)
-        return self._send(hand, pulled, reply_to(pulled, hand.received_at, content), seconds)
+        return self._send(hand, pulled, reply_to(pulled, hand.received_at, content))
 
     def reply_error(self, asked: Asked, code: int, reason: str) -> bool:
         """Send an error instead; the first one given for a message is the one that is sent.
@@ -207,13 +230,7 @@ class FleetNode:
             FleetError: The SuperLink refused it.
             Stopped: The node was told to leave; the next life sends it.
         """
-        hand = self._held(asked)
-        if hand.error is None:
-            hand = replace(hand, error=(code, reason))
-            self._memory.keep(hand)
-        pulled = Pulled(hand.message, hand.tree)
-        reply = reply_to(pulled, hand.received_at, hand.error or (code, reason))
-        return self._send(hand, pulled, reply, 0.0)
+        return self._send_error(self._held(asked), code, reason)
 
     def give_up(self) -> None:
         """Let the message in hand go without a reply."""
@@ -264,22 +281,23 @@ class FleetNode:
                 self._say("heartbeat_failed", reason=type(error).__name__)
                 wait = 2.0
 
-    def _open(self, pulled: Pulled) -> Asked:
+    def _open(self, hand: InHand) -> Asked:
         """Pull a message's objects.
 
         Raises:
             RunOverError: Its run is over.
-            FleetError: Its content cannot be had.
-            ValueError: It expired.
+            FleetError: It expired, or its content cannot be had.
         """
-        if is_expired(pulled):
-            raise ValueError("the message expired")
+        pulled = Pulled(hand.message, hand.tree)
         metadata = pulled.metadata
+        expires_at = expiry_of(pulled, hand.received_at)
+        left_s = expires_at - time.time()
+        if left_s <= 0:
+            raise FleetError("the message expired")
         if metadata.run_id not in self._bundles:
             bundle = self._client.bundle(self.node_id, metadata.run_id)
             self._bundles[metadata.run_id] = bundle
-        expires_at = metadata.created_at + metadata.ttl
-        content = self._client.fetch(self.node_id, pulled, max(1.0, expires_at - time.time()))
+        content = self._client.fetch(self.node_id, pulled, max(1.0, left_s), self._max_bytes)
         return Asked(
             metadata.message_id,
             metadata.run_id,
@@ -297,9 +315,17 @@ class FleetNode:
             raise ValueError("only the message in hand can be answered")
         return hand
 
-    def _send(self, hand: InHand, pulled: Pulled, reply: Outgoing, seconds: float) -> bool:
+    def _send_error(self, hand: InHand, code: int, reason: str) -> bool:
+        if hand.error is None:
+            hand = replace(hand, error=(code, reason))
+            self._memory.keep(hand)
+        pulled = Pulled(hand.message, hand.tree)
+        reply = reply_to(pulled, hand.received_at, hand.error or (code, reason))
+        return self._send(hand, pulled, reply)
+
+    def _send(self, hand: InHand, pulled: Pulled, reply: Outgoing) -> bool:
         try:
-            is_taken = self._push(hand, reply, seconds)
+            is_taken = self._push(hand, reply)
             self._replied_at = time.monotonic()
             if is_taken:
                 self._client.confirm(self.node_id, pulled)
@@ -308,10 +334,10 @@ class FleetNode:
         self._memory.forget()
         return is_taken
 
-    def _push(self, hand: InHand, reply: Outgoing, seconds: float) -> bool:
+    def _push(self, hand: InHand, reply: Outgoing) -> bool:
         """Upload a reply, or what is missing of it; return whether the SuperLink took it."""
         for _ in range(PUSHES):
-            missing, session = self._client.begin_push(self.node_id, reply, seconds)
+            missing, session = self._client.begin_push(self.node_id, reply)
             if not missing and not hand.sessions:
                 return False  # not even its head is wanted: it expired, or was answered
             if not missing:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import httpx
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
@@ -45,7 +47,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
     inflate_object_from_contents,
     pull_objects,
     push_object_contents_from_iterable,
@@ -56,10 +57,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.superlink import FleetError, Superlink
+from federation.errors import FedgeError
 from federation.grid_sites import bytes_of
 
 OBJECT_BACKOFF_S = (0.03, 0.1)
 """First and longest wait for an object that is announced but not uploaded; flwr has 1 and 10 s."""
+MAX_RESPONSE_BYTES = 64 << 20
+"""Largest answer to one request that is read: Flower cuts a message into objects of 5 MiB."""
+MAX_TTL_S = 7 * 24 * 3600.0
+"""How long a message counts at most, whatever it says."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class FlowerClient:
                 NodeAuthHttpInterceptor(key, key.public_key()),
             ],
         )
+        _bound_responses(self._client._client, MAX_RESPONSE_BYTES)
         self._superlink = superlink
 
     def close(self) -> None:
@@ -162,7 +169,7 @@ class FlowerClient:
         """Return a message for this node, or None. The SuperLink hands it out this once."""
         request = PullMessagesRequest(node=Node(node_id=node_id))
         response = self._superlink.call(self._client.PullMessages, request)
-        if not response.messages_list:
+        if not (response.messages_list and response.message_object_trees):
             return None
         return Pulled(
             _to_text(response.messages_list[0].SerializeToString()),
@@ -174,16 +181,18 @@ class FlowerClient:
         request = GetRunRequest(node=Node(node_id=node_id), run_id=run_id)
         return str(self._superlink.call(self._client.GetRun, request).run.fab_hash)
 
-    def fetch(self, node_id: int, pulled: Pulled, max_s: float) -> Content:
+    def fetch(self, node_id: int, pulled: Pulled, max_s: float, max_bytes: int) -> Content:
         """Return a message's content; its objects stay where they are.
 
         Raises:
-            FleetError: They are gone, did not come in ``max_s``, or are no message.
+            FleetError: They are gone, did not come in ``max_s``, have more than ``max_bytes``, or
+                are no message.
         """
         node = Node(node_id=node_id)
-        pull = make_pull_object_fn_protobuf(
+        pull_one = make_pull_object_fn_protobuf(
             partial(self._superlink.call, self._client.PullObject), node, pulled.metadata.run_id
         )
+        pull = _up_to(max_bytes, pull_one)
         first, longest = OBJECT_BACKOFF_S
         try:
             objects = pull_objects(
@@ -196,23 +205,26 @@ class FlowerClient:
             )
             whole = inflate_object_from_contents(pulled.root.object_id, objects)
             content = whole.content if whole.has_content() else RecordDict()
-        except (ObjectPullError, ValueError, LookupError, TypeError, AttributeError) as error:
+            configs = {name: dict(record) for name, record in content.config_records.items()}
+            return Content(configs, dict(_byte_arrays(content)))
+        except FedgeError:
+            raise
+        except Exception as error:  # a message is made by others: it may raise whatever there is
             raise FleetError(
                 f"a message's content cannot be had ({type(error).__name__})"
             ) from None
-        configs = {name: dict(record) for name, record in content.config_records.items()}
-        return Content(configs, dict(_byte_arrays(content)))
 
-    def begin_push(self, node_id: int, reply: Outgoing, seconds: float) -> tuple[set[str], str]:
+    def begin_push(self, node_id: int, reply: Outgoing) -> tuple[set[str], str]:
         """Announce a reply; return the ids of the objects that are missing, and a session for them.
 
-        The same reply announced again is the same reply: only what is missing is asked for.
+        The same reply announced again is the same reply: only what is missing is asked for. Flower
+        wants to hear how long the answer took: that is told by the records, so it hears 0.
         """
         request = PushMessagesRequest(
             node=Node(node_id=node_id),
             messages_list=[message_to_proto(remove_content_from_message(reply.message))],
             message_object_trees=[reply.tree],
-            clientapp_runtime_list=[seconds],
+            clientapp_runtime_list=[0.0],
         )
         response = self._superlink.call(self._client.PushMessages, request)
         return set(response.objects_to_push), str(response.session_id)
@@ -303,9 +315,20 @@ def reply_to(pulled: Pulled, received_at: float, answer: RecordDict | tuple[int,
         return Outgoing(message, get_object_tree(message), get_all_nested_objects(message))
 
 
-def is_expired(pulled: Pulled) -> bool:
-    """Return whether no reply to a message counts any more."""
-    return bool(pulled.metadata.created_at + pulled.metadata.ttl <= time.time())
+def expiry_of(pulled: Pulled, received_at: float) -> float:
+    """Return until when a reply to a message counts, in seconds since 1970.
+
+    Args:
+        pulled: The message.
+        received_at: When it came: it counts for `MAX_TTL_S` from then on at most.
+
+    Raises:
+        FleetError: It says no such moment.
+    """
+    ends = float(pulled.metadata.created_at + pulled.metadata.ttl)
+    if not math.isfinite(ends):
+        raise FleetError("a message says no moment until which it counts")
+    return min(ends, received_at + MAX_TTL_S)
 
 
 def _heartbeat(node_id: int, interval_s: float) -> SendNodeHeartbeatRequest:
@@ -317,6 +340,52 @@ def _byte_arrays(content: RecordDict) -> Iterator[tuple[str, memoryview]]:
         if len(record) == 1:
             with contextlib.suppress(ValueError):
                 yield name, bytes_of(next(iter(record.values())))
+
+
+def _up_to(max_bytes: int, pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """Return a function that pulls like another one, up to a sum of bytes; from any thread."""
+    total, lock = 0, threading.Lock()
+
+    def counted(object_id: str) -> bytes:
+        nonlocal total
+        content = pull(object_id)
+        with lock:
+            total += len(content)
+        if total > max_bytes:
+            raise FleetError(f"a message has more than {max_bytes} bytes, this site's largest")
+        return content
+
+    return counted
+
+
+def _bound_responses(client: httpx.Client, max_bytes: int) -> None:
+    """Let a client read no answer beyond a size, and none that grows while it is unpacked."""
+
+    def check(response: httpx.Response) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise FleetError("the SuperLink packed an answer that nobody asked it to pack")
+        if isinstance(response.stream, httpx.SyncByteStream):
+            response.stream = _Bounded(response.stream, max_bytes)
+
+    client.headers["accept-encoding"] = "identity"
+    client.event_hooks = {"response": [check]}
+
+
+class _Bounded(httpx.SyncByteStream):
+    """A body that ends with an error where it grows beyond a size."""
+
+    def __init__(self, stream: httpx.SyncByteStream, max_bytes: int) -> None:
+        self._stream, self._left = stream, max_bytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream:
+            self._left -= len(chunk)
+            if self._left < 0:
+                raise FleetError(f"an answer of the SuperLink has over {MAX_RESPONSE_BYTES} bytes")
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _to_text(content: bytes) -> str:

@@ -16,11 +16,12 @@ from client import accountant
 from client.accountant import PrivacyEvent
 from client.fingerprint import fingerprint, read_secret
 from client.identity import public_identity, read_identity
-from client.ledger import LEDGER, Entry, EpsilonOf, Ledger, utc_now
+from client.ledger import Entry, EpsilonOf, Ledger, utc_now
 from client.policy import ANY, Policy, read_policy
 from client.policy_rules import event_of
 from client.reasons import Refused
 from client.request import SiteRequest, parse_request, with_claims, with_facts
+from client.site_ledger import open_site_ledger
 from client.verdict import Verdict, judge, rounded
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class SiteGate:
         now: Callable[[], datetime] = utc_now,
         epsilon_of: EpsilonOf = accountant.epsilon_of,
         identity: Ed25519PrivateKey | None = None,
+        knows_bundle: bool = True,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -66,7 +68,10 @@ class SiteGate:
             now: Clock of the quiet hours.
             epsilon_of: The accountant.
             identity: This site's key in secure sums; None = it takes part in none.
+            knows_bundle: Whether a bundle that a question names is the node's word, and not that
+                of the run's own app, which a stock SuperNode lets speak for itself.
         """
+        self._knows_bundle = knows_bundle
         self._identity = identity
         self._policy = policy
         self._ledger = ledger
@@ -81,16 +86,22 @@ class SiteGate:
 
         Raises:
             UserError: The policy, the identity or the data are missing or wrong.
-            LedgerError: The ledger is broken.
+            LedgerError: The ledger is broken, gone, or older than an answer of this site.
         """
         from client.round import site_records
 
         policy = read_policy(settings.policy)
-        data_set = fingerprint(site_records(settings.data), read_secret(settings.state))
+        records = site_records(settings.data)
         has_identity = settings.identity_key is not None or settings.identity.exists()
         identity = read_identity(settings.identity) if has_identity else None
-        ledger = Ledger.open(settings.state / LEDGER)
-        return cls(policy, ledger, data_set, say=say, identity=identity)
+        ledger = open_site_ledger(settings.state)
+        try:
+            data_set = fingerprint(records, read_secret(settings.state))
+        except BaseException:
+            ledger.close()
+            raise
+        knows_bundle = settings.node == "resident"
+        return cls(policy, ledger, data_set, say=say, identity=identity, knows_bundle=knows_bundle)
 
     def admit(self, said: Said, header: Header, rank: int) -> None:
         """Return unless the policy refuses a message by its head and header; refusals are logged.
@@ -107,7 +118,7 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
-        asked = parse_request(said.content)
+        asked = self._parsed(said.content)
         spent = self._ledger.spent(self._data_set, asked.run)
         digest = spent.answered.get(asked.server_round, "0" * 64)
         claimed = with_claims(asked, header, rank=rank, content_digest=digest)
@@ -122,8 +133,9 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
-        asked = _request_of(question)
+        asked = self._request_of(question)
         spent = self._ledger.spent(self._data_set, asked.run)
+        spent = replace(spent, is_kept=question.is_repeated)
         verdict = judge(asked, self._policy, spent, self._now(), self._epsilon_of)
         self._conclude(asked, verdict)
         return event_of(asked, self._data_set.num_records) if asked.is_private else None
@@ -142,7 +154,7 @@ class SiteGate:
 
     def release(self, question: Question, measured: Mapping[str, float]) -> dict[str, float]:
         """Return the numbers that leave beside the update, as the policy rounds them."""
-        return rounded(measured, self._policy, _request_of(question).metrics)
+        return rounded(measured, self._policy, self._request_of(question).metrics)
 
     def record(self, question: Question, kept: Kept) -> None:
         """Put an answer into the ledger; the spend is on disk when this returns.
@@ -152,7 +164,7 @@ class SiteGate:
         Raises:
             LedgerError: It could not be written: nothing may leave.
         """
-        asked = _request_of(question)
+        asked = self._request_of(question)
         if asked.adapter is None or kept.num_bytes > asked.adapter.num_bytes:
             raise AssertionError(f"{kept.num_bytes} bytes would leave, fewer were allowed")
         if asked.is_private != (kept.event is not None):
@@ -220,15 +232,18 @@ class SiteGate:
     def __exit__(self, *_: object) -> None:
         self._ledger.close()
 
+    def _parsed(self, content: bytes) -> SiteRequest:
+        """Return the request of a head, without what only the run's own app says."""
+        request = parse_request(content)
+        return request if self._knows_bundle else request.model_copy(update={"bundle": ""})
 
-def _request_of(question: Question) -> SiteRequest:
-    """Return the request of a question, with what the message itself says of its adapter."""
-    request = parse_request(question.content)
-    return with_facts(
-        request,
-        shapes=question.shapes,
-        rank=question.rank,
-        alpha=question.alpha,
-        base_model=question.base_model,
-        content_digest=question.adapter,
-    )
+    def _request_of(self, question: Question) -> SiteRequest:
+        """Return the request of a question, with what the message itself says of its adapter."""
+        return with_facts(
+            self._parsed(question.content),
+            shapes=question.shapes,
+            rank=question.rank,
+            alpha=question.alpha,
+            base_model=question.base_model,
+            content_digest=question.adapter,
+        )

@@ -27,6 +27,10 @@ class InHand:
     """Push sessions in which its reply was begun."""
     error: tuple[int, str] | None = None
     """Code and reason, where the reply is an error."""
+    lives: int = 0
+    """Lives of the node that ended with it in hand."""
+    lost: int = 0
+    """Trainers that ended while they were asked it."""
 
 
 class Memory:

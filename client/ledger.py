@@ -119,6 +119,9 @@ class Spent:
     """``client.request.SiteRequest.settings_digest`` of the same rounds."""
     num_bytes: int = 0
     """That this run was sent."""
+    is_kept: bool = True
+    """Whether the answer to the round at hand, if it had one, is on disk: what can be sent again.
+    Who knows only the ledger supposes so; the trainer looks (client.gate)."""
 
 
 @dataclass
@@ -215,7 +218,9 @@ class Ledger:
     def append(self, entry: Entry) -> Row:
         """Return the row of ``entry``: it is on disk, and so is its spend.
 
-        The same run, round, stage and bytes have one row, however often they are asked.
+        The same run, round, stage and bytes have one row, however often they are asked. Sent again
+        they cost what they cost the first time: what the policy says of delta by now, and which
+        records there are by now, changes nothing.
 
         Raises:
             LedgerError: The row could not be written, the fingerprint was made with another secret,
@@ -265,9 +270,8 @@ class Ledger:
         identity = ("run", "server_round", "stage", "sha256")
         for row in self._contents.rows:
             if all(getattr(row, name) == values[name] for name in identity):
-                other = [
-                    name for name in values if name != "kind" and getattr(row, name) != values[name]
-                ]
+                facts = ("num_bytes", "adapter", "settings", "metrics")
+                other = [name for name in facts if getattr(row, name) != values[name]]
                 if other:
                     raise LedgerError(
                         f"row {row.number} has the same run, round, stage and bytes with another "

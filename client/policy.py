@@ -116,9 +116,9 @@ class AggregationRules(StrictSettings):
 class PrivacyRules(StrictSettings):
     """[privacy]: record-level differential privacy, and what a data set may spend for life.
 
-    The noise covers the update and nothing else. ``num-examples`` and ``train_loss`` depend on the
-    records too; so [metrics] lets neither out unless it names it, and a private run has to weigh
-    its sites by a public constant instead of their numbers of records.
+    The noise covers the update and nothing else. ``num-examples``, ``train_loss`` and ``seconds``
+    depend on the records too; so [metrics] lets none out unless it names it, and a private run has
+    to weigh its sites by a public constant instead of their numbers of records.
     """
 
     required: bool = True
@@ -150,8 +150,9 @@ class PrivacyRules(StrictSettings):
 class MetricRules(StrictSettings):
     """[metrics]: numbers that leave beside the update."""
 
-    allowed: Annotated[tuple[MetricName, ...], Field(strict=False)] = ("seconds",)
-    """Their names. ``seconds`` is how long the box took, which grows with the records of a step."""
+    allowed: Annotated[tuple[MetricName, ...], Field(strict=False)] = ()
+    """Their names. All depend on the records: ``seconds`` is how long the box took, which grows
+    with the records that a step of DP-SGD drew."""
     max_count: Limit = 3
     """How many a round may ask for."""
     digits: Digits = 3

@@ -57,7 +57,8 @@ class Case:
         """Whether the very same was answered before: it is sent again, not trained again."""
         asked, spent = self.request, self.spent
         return (
-            spent.answered.get(asked.server_round) == self.facts.content_digest
+            spent.is_kept
+            and spent.answered.get(asked.server_round) == self.facts.content_digest
             and spent.settings.get(asked.server_round) == asked.settings_digest
         )
 
@@ -158,6 +159,9 @@ def _replay(case: Case) -> Finding:
         is_same = answered[number] == case.facts.content_digest
         other = "other settings" if is_same else "another adapter"
         reason = f"round {number} of this run was answered before, for {other}"
+        if is_same and case.spent.settings.get(number) == case.request.settings_digest:
+            other = "its answer gone"
+            reason = f"round {number} of this run was answered before, and its answer is not kept"
         return _finding(False, f"round {number}, {other}", limit, reason)
     reason = f"round {number} of this run was passed over: round {last} was answered already"
     return _finding(number > last, f"round {number}", limit, reason)

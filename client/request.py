@@ -185,8 +185,12 @@ class SiteRequest(StrictSettings):
 
     @property
     def settings_digest(self) -> str:
-        """Return the sha256 of everything the run says: the same round with another is a replay."""
-        said = self.model_dump(mode="json", exclude={"adapter", "stage", "attempt"})
+        """Return the sha256 of all that decides a round: the same with another one is a replay.
+
+        Who asks is no part of it: a run that is resumed with another bundle asks the same.
+        """
+        who = {"bundle", "signature"}
+        said = self.model_dump(mode="json", exclude={"adapter", "stage", "attempt", *who})
         return hashlib.sha256(canonical_json(said)).hexdigest()
 
     def description(self, base_model: str) -> bytes:

@@ -202,6 +202,7 @@ def _masked(
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
+    answers.note(kept)
     trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
     return path
 

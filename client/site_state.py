@@ -17,7 +17,8 @@ import json
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from federation.adapter import Adapter
@@ -120,6 +121,19 @@ class SiteState:
             return None
         return kept.adapter()
 
+    def take_back_unless(self, has_left: Callable[[int], bool]) -> None:
+        """Forget what the last round left to be sent, if its own answer never left.
+
+        A kill between this state and the answer leaves a residual of a training that nobody was
+        charged for: the next round starts from what there was before it.
+
+        Args:
+            has_left: Whether the answer to a round may have left.
+        """
+        last = self._last
+        if last is not None and last.after != last.before and not has_left(last.server_round):
+            self._write(replace(last, after=last.before))
+
     def keep(
         self, server_round: int, received: Update, *, residual: Adapter | None, is_reference: bool
     ) -> None:
@@ -150,9 +164,12 @@ class SiteState:
                 base_model=received.base_model,
             )
         before = self._before(server_round, received)
-        self._last = _Answered(server_round, digest, received.reference, before, after)
-        write_atomically(self._directory / "state.json", json.dumps(asdict(self._last), indent=2))
+        self._write(_Answered(server_round, digest, received.reference, before, after))
         self._remove_old()
+
+    def _write(self, last: _Answered) -> None:
+        write_atomically(self._directory / "state.json", json.dumps(asdict(last), indent=2))
+        self._last = last
 
     def _before(self, server_round: int, received: Update) -> str:
         """Return the file of the residual that a round starts with, the first time or again."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from client.accountant import PrivacyEvent
 from client.answers import Answers, Kept
-from client.reasons import code_and_reason
+from client.reasons import Refused, code_and_reason
 from client.round import (
     Answer,
     Begun,
@@ -34,6 +34,7 @@ from client.round import (
 )
 from client.settings import TrainingSettings
 from client.site import Site
+from client.site_state import SiteState
 from client.trainer_link import LinkError, read_object
 from federation.errors import FedgeError
 from federation.settings import load_settings
@@ -214,6 +215,8 @@ class Trainer:
             ),
         )
         self.gate.record(question, kept)
+        answers = Answers(self.site.state, request.run)
+        answers.note(kept)
         self.say(
             "answered",
             run=request.run,
@@ -226,7 +229,7 @@ class Trainer:
         )
         return Reply(
             self.reply_head(kept.num_bytes, kept.metrics),
-            Answers(self.site.state, request.run).path(kept),
+            answers.path(kept),
         )
 
     def opened(self, said: Said, message: Path) -> Update:
@@ -253,16 +256,24 @@ class Trainer:
             train: Makes the answer, once it is allowed; not called when it was given before.
 
         Raises:
-            Refused: The policy does not allow it, or the round was answered to another question.
+            Refused: The policy does not allow it, the round was answered to another question, or
+                the answer was never charged, and would now be charged to other records.
             RoundFailedError: The round is private and failed, now or when it was asked before.
         """
         answers = Answers(self.site.state, question.request.run)
         kept = answers.find(question.request.server_round, question.digest)
         event = self.gate.allow(replace(question, is_repeated=kept is not None))
         if kept is None:
+            SiteState(self.site.state, question.request.run).take_back_unless(answers.is_noted)
             return self._new_answer(question, answers, event, train)
+        if not kept.is_noted and kept.data_set != self.gate.data_set:
+            raise Refused(
+                "data_set",
+                "this site's records changed since it trained this round: go on to another",
+            )
         if kept.is_failed:
             self.gate.record(question, kept)
+            answers.note(kept)
             raise RoundFailedError
         return kept, None
 
@@ -302,6 +313,7 @@ class Trainer:
                 update=answer.update,
                 metrics=self.gate.release(question, measured),
                 num_examples=answer.num_examples,
+                data_set=self.gate.data_set,
                 event=answer.event,
             )
         except Exception as error:
@@ -321,9 +333,11 @@ class Trainer:
                 adapter=question.adapter,
                 update=b"",
                 metrics={},
+                data_set=self.gate.data_set,
                 event=event,
             )
             self.gate.record(question, kept)
+            answers.note(kept)
         except Exception as error:  # a full disk: it has nothing to do with records or noise
             self._say_failure(error)
 

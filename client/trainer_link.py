@@ -8,6 +8,7 @@ SuperNode starts for every message imports this and nothing of the trainer.
 from __future__ import annotations
 
 import json
+import socket as socket_module
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class LinkError(FedgeError):
 
 class TrainerLostError(LinkError):
     """Nobody answers at the socket, or not any more: asked again, the question may be answered."""
+
+    def __init__(self, message: str, *, was_asked: bool = False) -> None:
+        """Say whether the trainer had the question: it may be the question that ended it."""
+        super().__init__(message)
+        self.was_asked = was_asked
 
 
 @dataclass(frozen=True)
@@ -85,15 +91,20 @@ def ask(
 
     Raises:
         TrainerLostError: Nobody listens there, the trainer ended in between, or was given up.
-        LinkError: The question is none.
+        LinkError: The question is none, or holds what JSON cannot say.
     """
     import grpc
 
     from client.trainer_pb2 import Part
 
-    content = json.dumps(head).encode()
+    try:
+        content = json.dumps(head).encode()
+    except (TypeError, ValueError, RecursionError):  # Flower's records may hold bytes
+        raise LinkError("the head holds a value that is no text, number or list of them") from None
     if len(content) > HEAD_BYTES:
         raise LinkError(f"the head has {len(content)} bytes, at most {HEAD_BYTES} are read")
+    if not _is_listening(socket):
+        raise TrainerLostError("nobody listens at the trainer's socket")
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(f"unix:{socket.absolute()}", options=options) as channel:
         method = channel.stream_stream(
@@ -111,7 +122,10 @@ def ask(
             if call.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 raise LinkError(f"the trainer cannot read the question: {call.details()}") from None
             name = str(call.code()).rpartition(".")[2].lower()
-            raise TrainerLostError(f"the trainer gave no answer ({name})") from error
+            # Busy with others, or told to leave: neither is the question's doing.
+            was_asked = name not in ("resource_exhausted", "cancelled")
+            reason = f"the trainer gave no answer ({name})"
+            raise TrainerLostError(reason, was_asked=was_asked) from error
 
 
 def write_parts(head: bytes, chunks: Iterable[bytes]) -> Iterator[Part]:
@@ -178,6 +192,16 @@ def _chunks(parts: Iterator[Part]) -> Iterator[bytes]:
         if part.WhichOneof("part") != "chunk" or len(part.chunk) > CHUNK_BYTES:
             raise LinkError(f"a part after the head is no chunk of at most {CHUNK_BYTES} bytes")
         yield part.chunk
+
+
+def _is_listening(path: Path) -> bool:
+    with socket_module.socket(socket_module.AF_UNIX) as probe:
+        probe.settimeout(5.0)
+        try:
+            probe.connect(str(path.absolute()))
+        except OSError:
+            return False
+        return True
 
 
 def _watch(call: Any, is_wanted: Callable[[], bool]) -> None:

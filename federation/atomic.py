@@ -11,15 +11,20 @@ from typing import BinaryIO
 from federation.errors import UserError
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o644) -> None:
     """Replace ``path`` by ``content`` in one step, on disk before this returns."""
-    with atomic_file(path) as file:
+    with atomic_file(path, mode=mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file that becomes ``path``, on disk, when the block ends without error."""
+def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Yield a temporary file that becomes ``path``, on disk, when the block ends without error.
+
+    Args:
+        path: What it becomes.
+        mode: Its permissions; until then it is its owner's alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -27,7 +32,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
+        Path(name).chmod(mode)
         Path(name).replace(path)
         sync_directory(path.parent)
     except BaseException:

@@ -188,7 +188,10 @@ def bytes_of(array: Array) -> memoryview:
     version = np.lib.format.read_magic(head)
     if version != (1, 0):
         raise ValueError(f"numpy format {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+    except Exception as error:  # it parses Python literals: tokenize.TokenError and more
+        raise ValueError(f"numpy header ({type(error).__name__})") from None
     content = memoryview(array.data)[head.tell() :]
     if dtype != np.uint8 or len(shape) != 1 or shape[0] != len(content):
         raise ValueError(f"{dtype} of shape {shape}")

@@ -1,7 +1,8 @@
 """The numbers that may come back beside an update: which a run asks for, and what is made of them.
 
-The count and the loss are told by a site's records, and no noise covers them: a site whose policy
-wants differential privacy may let neither out. So a run names those that it wants, and whatever a
+All of them are told by a site's records, and no noise covers them (how long a step of DP-SGD takes
+grows with the records that it drew): a site whose policy wants differential privacy may let none
+out. So a run names those that it wants, and whatever a
 site says beside them is dropped unread. Where the sites do not say how many records they have,
 every site weighs the same.
 """
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 METRICS = ("num-examples", "train_loss", "seconds")
 """Names, as they travel: records of the site, mean loss in nats a token, duration of its training.
 All that a site of this version measures, and what a run asks for that says nothing else."""
-DATA_METRICS = ("num-examples", "train_loss")
-"""Counted or measured on the records, and not covered by the noise of DP-SGD."""
+DATA_METRICS = METRICS
+"""Counted or measured on the records, and not covered by the noise of DP-SGD: all there are."""
 MAX_EXAMPLES = 1_000_000_000
 """A count beyond it is a mistake or an attack: it would own the average."""
 MAX_REPORTED = 1e9

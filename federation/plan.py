@@ -205,8 +205,8 @@ def notes(settings: FederationSettings) -> list[str]:
     data_metrics = [name for name in settings.asked_metrics if name in DATA_METRICS]
     if is_private(settings) and data_metrics:
         found.append(
-            f"no noise covers {' and '.join(data_metrics)}, and a site whose policy lets only "
-            "seconds out refuses the run: set metrics=seconds"
+            f"no noise covers {' and '.join(data_metrics)}, and a site whose policy does not list "
+            'one refuses the run: set metrics=""'
         )
     if is_private(settings) and settings.aggregation != "alternating":
         found.append(

@@ -115,7 +115,15 @@ class LocalSuperlink:
         self.ended.set()
         self.stop()
 
-    def send(self, content: bytes, *, kind: str = "train", ttl: float = 600.0) -> str:
+    def send(
+        self,
+        content: bytes | Array,
+        *,
+        kind: str = "train",
+        ttl: float = 600.0,
+        group: str = "1",
+        said: dict[str, Any] | None = None,
+    ) -> str:
         """Put a message for the site there, whole."""
         from flwr.common.constant import SUPERLINK_NODE_ID
         from flwr.supercore.date import now
@@ -124,15 +132,18 @@ class LocalSuperlink:
             get_object_tree,
         )
 
+        if isinstance(content, bytes):
+            content = Array(np.frombuffer(content, np.uint8))
         records = RecordDict(
             {
-                "adapter": ArrayRecord({"adapter": Array(np.frombuffer(content, np.uint8))}),
-                "round": ConfigRecord({"server_round": 1, "run": "ab" * 8}),
+                "adapter": ArrayRecord({"adapter": content}),
+                "round": ConfigRecord({"server_round": 1, "run": "ab" * 8, **(said or {})}),
                 "training": ConfigRecord({"num_steps": 2}),
             }
         )
         metadata = Metadata(
-            self.run_id, "", SUPERLINK_NODE_ID, self.node_id, "", "1", now().timestamp(), ttl, kind
+            *(self.run_id, "", SUPERLINK_NODE_ID, self.node_id, "", group),
+            *(now().timestamp(), ttl, kind),
         )
         metadata.delivered_at = ""
         message = make_message(metadata, content=records)

@@ -107,7 +107,7 @@ def opened_template(epsilon: float) -> str:
     text = policy_template()
     for before, after in (
         ("base = []", 'base = ["any"]'),
-        ("allowed = []", 'allowed = ["any"]'),
+        ("allowed = []\n# Ed25519", 'allowed = ["any"]\n# Ed25519'),
         ("secure_sum_required = true", "secure_sum_required = false"),
         ("min_cohort = 3", "min_cohort = 2"),
         ("epsilon = 8.0", f"epsilon = {epsilon}"),

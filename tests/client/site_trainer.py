@@ -21,6 +21,8 @@ from client.trainer_service import run_trainer
 class SmallGate:
     """Refuses adapters above rank 8, lets every number out, and notes an answer once."""
 
+    data_set = "d" * 64
+
     def __init__(self, ledger: Path) -> None:
         self._ledger = ledger
 

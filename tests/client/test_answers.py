@@ -1,11 +1,12 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from client.answers import KEPT_ROUNDS, Answers
+from client.answers import KEPT_ROUNDS, Answers, noted_rounds
 from client.reasons import Refused
 from client.site_state import KEPT_S, SiteStateError
 from federation.wire import WireError
@@ -41,16 +42,35 @@ def test_updates_of_old_rounds_go_and_their_rounds_are_not_answered_anew(tmp_pat
     assert KEPT_ROUNDS == 2
     assert answers.find(4, "q") is not None
     for number in (1, 2, 3):
-        with pytest.raises(Refused, match=f"replay: round {number} .* kept for 2 rounds only"):
+        with pytest.raises(
+            Refused, match=f"replay: round {number} .* kept for 2 rounds and some weeks only"
+        ):
             answers.find(number, "q")
 
 
-def test_the_state_of_a_run_that_asks_no_more_goes_after_a_while(tmp_path: Path) -> None:
+def test_the_updates_of_a_run_that_asks_no_more_go_and_its_rounds_are_not_answered_anew(
+    tmp_path: Path,
+) -> None:
     keep(Answers(tmp_path, "a1"), 1, b"update")
-    old = tmp_path / "answers" / "a1"
+    old = tmp_path / "answers" / "a1" / "1.update"
     os.utime(old, (0, old.stat().st_mtime - KEPT_S - 60))
     keep(Answers(tmp_path, "b2"), 1, b"update")
-    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["b2"]
+    assert [path.name for path in old.parent.iterdir()] == ["1.json"]
+    with pytest.raises(Refused, match="replay: round 1 .* kept for 2 rounds and some weeks only"):
+        Answers(tmp_path, "a1").find(1, "q")
+
+
+def test_an_answer_is_noted_once_the_ledger_has_it(tmp_path: Path) -> None:
+    answers = Answers(tmp_path, "a1")
+    keep(answers, 1, b"update")
+    keep(answers, 2, b"update")
+    kept = answers.find(1, "q")
+    assert kept is not None
+    assert (kept.is_noted, answers.is_noted(1), answers.is_noted(7)) == (False, False, False)
+    answers.note(kept)
+    assert answers.is_noted(1)
+    assert answers.find(1, "q") == replace(kept, is_noted=True)
+    assert list(noted_rounds(tmp_path)) == [("a1", 1)]
 
 
 @pytest.mark.parametrize("run", ["", "../up", "AB", "a" * 65, "a/b", "a\n"])
@@ -126,5 +146,5 @@ def test_the_description_of_an_answer_holds_names_and_numbers_only(tmp_path: Pat
     values = json.loads((tmp_path / "answers" / "a1" / "1.json").read_text())
     assert set(values) == {
         *("server_round", "question", "adapter", "sha256", "num_bytes", "metrics"),
-        *("num_examples", "event"),
+        *("num_examples", "data_set", "event", "is_noted"),
     }

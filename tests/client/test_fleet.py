@@ -106,7 +106,6 @@ def test_every_private_name_of_the_node_is_in_the_list() -> None:
     assert unlisted(ROOT / "client" / "flower.py", listed, ["flwr.app"]) == [
         "flwr.app.message.Message",
         "flwr.proto.message_pb2.Message",
-        "flwr.supercore.inflatable.inflatable_utils.ObjectPullError",
     ]
 
 
@@ -127,7 +126,7 @@ def test_what_is_in_hand_survives_and_what_cannot_be_read_is_nothing(tmp_path: P
 
     memory = Memory(tmp_path)
     assert memory.in_hand() is None
-    kept = InHand(12.5, "bQ==", "dA==", ("a", "b"), (1001, "no"))
+    kept = InHand(12.5, "bQ==", "dA==", ("a", "b"), (1001, "no"), lives=2, lost=1)
     memory.keep(kept)
     assert Memory(tmp_path).in_hand() == kept
     for damage in ("", "{", "[]", '{"sessions": 3}'):
@@ -195,7 +194,6 @@ def answer(connection: FleetNode, asked: Any, update: bytes = b"update") -> bool
         arrays={"adapter": update},
         metrics={"result": {"num-examples": 3, "train_loss": 0.5, "seconds": 1.0}},
         configs={"site": {"name": "bank"}},
-        seconds=1.0,
     )
 
 
@@ -220,6 +218,17 @@ def test_a_message_comes_as_plain_values_and_its_reply_arrives_whole(
     assert reply.content["result"]["num-examples"] == 3
     assert reply.metadata.reply_to_message_id == message_id
     assert [path.name for path in (superlink.directory / "memory").iterdir()] == ["node.json"]
+
+
+@pytest.mark.slow
+def test_the_coordinator_is_told_no_duration(superlink: Any) -> None:
+    """Flower adds up what the nodes say of a run; `metrics` and the site's policy decide here."""
+    message_id = superlink.send(b"adapter")
+    with node_of(superlink) as connection:
+        assert answer(connection, connection.receive())
+    assert superlink.take_reply(message_id) is not None
+    (run,) = superlink.state.get_run_info(run_ids=[superlink.run_id])
+    assert run.clientapp_runtime == 0.0
 
 
 @pytest.mark.slow

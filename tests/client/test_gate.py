@@ -1,7 +1,10 @@
 """The trainer behind a real policy and a real ledger: what is refused, charged and answered."""
 
 import json
+import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from client.accountant import PrivacyEvent, epsilon_of
+from client.answers import Answers
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
@@ -17,6 +21,7 @@ from client.policy import Policy
 from client.reasons import REFUSED, SITE_ERROR
 from client.round import site_records
 from client.site import Site
+from client.site_state import KEPT_S
 from client.trainer import Reply, Trainer
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
@@ -87,11 +92,17 @@ class Box:
         return encode(adapter, dtype="float32", base_model=model_digest(self.base_model))
 
     def ask(
-        self, head: dict[str, Any] | bytes, message: bytes | None = None, **limits: Any
+        self,
+        head: dict[str, Any] | bytes,
+        message: bytes | None = None,
+        *,
+        knows_bundle: bool = True,
+        **limits: Any,
     ) -> Reply:
         """Ask a trainer that begins its life with this question."""
         base = {"models": {"base": [model_digest(self.base_model)]}}
         policy = Policy.model_validate(changed({**LIMITS, **base}, **limits))
+        ledger = Ledger.open(self.ledger)
         records = site_records(self.fingerprinted or self.site.data)
         data_set = fingerprint(records, read_secret(self.site.state))
         path = self.directory / "message"
@@ -102,7 +113,9 @@ class Box:
             self.said.append((event, values))
 
         now = datetime(2026, 11, 24, 12, tzinfo=UTC)
-        with SiteGate(policy, Ledger.open(self.ledger), data_set, say=say, now=lambda: now) as gate:
+        with SiteGate(
+            policy, ledger, data_set, say=say, now=lambda: now, knows_bundle=knows_bundle
+        ) as gate:
             content = head if isinstance(head, bytes) else json.dumps(head).encode()
             return Trainer(self.site, gate, say).answer(content, path, scratch)
 
@@ -155,6 +168,69 @@ def test_an_answer_whose_spend_a_kill_prevented_is_charged_before_it_leaves(
     before = kept.read_bytes()
     assert update_of(box.ask(HEAD)) == before
     assert len(read_ledger(box.ledger).rows) == 1
+
+
+def test_a_round_whose_answer_is_gone_is_refused_and_not_trained_again(box: Box) -> None:
+    budget = {"privacy__epsilon": 1.001 * epsilon_of([PrivacyEvent(2.0, 4 / NUM_RECORDS, 2)], 1e-3)}
+    first = update_of(box.ask(HEAD, **budget))
+    # Weeks later another run is answered, and the updates of this one go.
+    old = box.site.state / "answers" / RUN / "1.update"
+    os.utime(old, (0, time.time() - KEPT_S - 60))
+    Answers(box.site.state, "cd" * 16).keep(
+        1, question="q", adapter="a", update=b"x", metrics={}, data_set=""
+    )
+    assert not old.exists()
+    for _ in range(2):
+        reply = box.ask(HEAD, **budget)
+        assert (reply.update, reply.head["code"]) == (None, REFUSED)
+        assert "replay" in reply.head["reason"]
+        assert "round 1 of this run was answered" in reply.head["reason"]
+        # Or somebody took the answers away, or put the state back without them.
+        shutil.rmtree(box.site.state / "answers", ignore_errors=True)
+    assert "its answer is not kept" in reply.head["reason"]
+    assert [row.num_bytes for row in read_ledger(box.ledger).rows] == [len(first)]
+
+
+def test_an_answer_is_sent_again_under_another_delta_and_with_more_records(box: Box) -> None:
+    first = update_of(box.ask(HEAD))
+    assert update_of(box.ask(HEAD, privacy__delta=1e-4)) == first
+    write_records(box.site.data, NUM_RECORDS + 5)
+    site_records.cache_clear()
+    assert update_of(box.ask(HEAD)) == first
+    assert len(read_ledger(box.ledger).rows) == 1
+
+
+def test_an_answer_that_was_never_charged_is_not_charged_to_other_records(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", die)
+        with pytest.raises(SystemExit):
+            box.ask(HEAD)
+    write_records(box.site.data, 2 * NUM_RECORDS)
+    site_records.cache_clear()
+    reply = box.ask(HEAD)
+    assert (reply.update, reply.head["code"]) == (None, REFUSED)
+    assert reply.head["reason"].startswith("data_set: this site's records changed")
+    assert read_ledger(box.ledger).rows == []
+
+
+def test_a_run_that_goes_on_with_another_bundle_gets_the_same_answer(box: Box) -> None:
+    first = update_of(box.ask(HEAD, runs__bundles=["any"]))
+    assert update_of(box.ask(HEAD | {"bundle": "d" * 64}, runs__bundles=["any"])) == first
+    assert len(read_ledger(box.ledger).rows) == 1
+
+
+def test_a_bundle_that_the_runs_own_app_names_is_none(box: Box) -> None:
+    """A stock SuperNode lets the app of the run speak for itself."""
+    reply = box.ask(HEAD, knows_bundle=False)
+    assert reply.head["code"] == REFUSED
+    assert "(runs.bundles): bundle not said" in reply.head["reason"]
+    update_of(box.ask(HEAD, knows_bundle=False, runs__bundles=["any"]))
+    assert [row.bundle for row in read_ledger(box.ledger).rows] == [""]
 
 
 def test_a_budget_that_ends_in_the_middle_of_a_run_ends_this_sites_part(box: Box) -> None:

@@ -85,12 +85,21 @@ def test_the_same_bytes_with_other_facts_are_refused(path):
         for change in (
             {"adapter": "9" * 64},
             {"settings": "9" * 64},
-            {"event": PrivacyEvent(1.0, 0.1, 1)},
-            {"data_set": data_set(77)},
+            {"num_bytes": 9},
+            {"metrics": {"seconds": 9.0}},
         ):
             with pytest.raises(LedgerError, match="nothing may leave"):
                 ledger.append(entry(**change))
         assert len(ledger.rows()) == 1
+
+
+def test_the_same_bytes_are_sent_again_under_another_delta_and_with_more_records(path):
+    with open_ledger(path) as ledger:
+        first = ledger.append(entry())
+        grown = data_set(*range(12))
+        again = entry(delta=1e-5, bundle="9" * 64, data_set=grown, event=PrivacyEvent(1.0, 0.05, 4))
+        assert ledger.append(again) == first
+        assert ledger.rows() == [first]
 
 
 def test_spent_names_what_this_run_was_answered(path):

@@ -19,7 +19,7 @@ NOON = "2026-11-24T12:00+00:00"
 
 def write_policy(tmp_path: Path, *, base: str = BASE, extra: str = "") -> Path:
     text = policy_template().replace("base = []", f'base = ["{base}"]')
-    text = text.replace("allowed = []", f'allowed = ["{RUN}"]')
+    text = text.replace("allowed = []", f'allowed = ["{RUN}"]', 1)
     text = text.replace("cohort = []", 'cohort = ["any"]')
     path = tmp_path / "policy.toml"
     path.write_text(text + extra, encoding="utf-8")
@@ -28,7 +28,7 @@ def write_policy(tmp_path: Path, *, base: str = BASE, extra: str = "") -> Path:
 
 def write_request(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "REQUEST.json"
-    path.write_text(json.dumps(changed(REQUEST, metrics=["seconds"], **changes)))
+    path.write_text(json.dumps(changed(REQUEST, metrics=[], **changes)))
     return path
 
 
@@ -150,14 +150,19 @@ def test_check_warns_of_what_a_lax_policy_gives_up(
         policy_template()
         .replace("secure_sum_required = true", "secure_sum_required = false")
         .replace("required = true", "required = false")
-        .replace('allowed = ["seconds"]', 'allowed = ["seconds", "train_loss"]')
+        .replace("allowed = []\nmax_count", 'allowed = ["seconds", "train_loss"]\nmax_count')
         .replace("one_factor_only = true", "one_factor_only = false")
     )
     path = tmp_path / "policy.toml"
     path.write_text(text)
     assert run(monkeypatch, "policy", "check", path) == 0
     printed = capsys.readouterr().out
-    for warning in ("server's word", "may have no noise", "no noise: train_loss", "multiplies"):
+    for warning in (
+        "server's word",
+        "may have no noise",
+        "no noise: seconds, train_loss",
+        "multiplies",
+    ):
         assert warning in printed
 
 

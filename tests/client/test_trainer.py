@@ -1,7 +1,9 @@
 """The trainer: what it answers in process, and as a process behind its socket."""
 
+import grp
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -10,17 +12,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from client.answers import Kept
+from client import trainer_service
+from client.answers import Answers, Kept
 from client.reasons import REFUSED, SITE_ERROR, Refused
 from client.round import RoundRequest, answer_round
 from client.settings import TrainingSettings
 from client.site import Site
+from client.site_settings import SiteSettings
 from client.trainer import Question, Reply, Trainer, read_head
 from client.trainer_link import (
     CHUNK_BYTES,
@@ -37,7 +42,9 @@ from client.trainer_link import (
 from client.trainer_pb2 import Part
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
+from federation.errors import UserError
 from federation.wire import REFERENCE_MISSING, content_digest, encode, open_update
+from tests.client.test_daemon import SITE
 from tests.conftest import write_records
 
 TRAINING = {"num_steps": 2, "batch_size": 2, "max_tokens": 64, "dtype": "float32"}
@@ -56,6 +63,8 @@ def message_of(base_model: Path, seed: int = 0) -> bytes:
 
 class Bench:
     """A trainer in this process, with lists for a ledger and a log."""
+
+    data_set = "d" * 64
 
     def __init__(self, base_model: Path, directory: Path) -> None:
         data = write_records(directory / "data.jsonl", 12)
@@ -185,6 +194,31 @@ def test_a_round_cannot_be_asked_anew_with_another_adapter_or_other_settings(
         assert reply.head["code"] == REFUSED
         assert reply.head["reason"].startswith("replay: round 1 of this run was answered for")
     assert len(bench.noted) == 1
+
+
+def test_a_residual_of_a_training_that_never_left_is_not_sent_with_the_next_one(
+    bench: Bench, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the residual and the answer: the round was not charged, and left nothing."""
+
+    def die(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    asked = head_of(uplink="int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "keep", die)
+        with pytest.raises(SystemExit):
+            bench.ask(asked, message_of(tiny_model))
+    assert (bench.site.state / f"run-{RUN}" / "state.json").is_file()
+    for server_round, seed in ((1, 1), (2, 2)):
+        (bench.directory / "fresh").mkdir()
+        fresh = Bench(tiny_model, bench.directory / "fresh")
+        if server_round == 2:
+            fresh.ask(asked, message_of(tiny_model, 1))
+        head = head_of(server_round, uplink="int8")
+        message = message_of(tiny_model, seed)
+        assert update_of(bench.ask(head, message)) == update_of(fresh.ask(head, message))
+        shutil.rmtree(bench.directory / "fresh")
 
 
 def test_numbers_that_the_run_does_not_ask_for_stay(bench: Bench, tiny_model: Path) -> None:
@@ -445,6 +479,82 @@ def test_questions_at_the_same_time_are_answered_one_after_the_other(
     assert answers[3].update != answers[4].update, "each round draws its own records"
 
 
+def test_callers_that_do_not_read_their_answers_are_cut_off(tmp_path: Path) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="fedge-"))
+    update = directory / "update"
+    update.write_bytes(bytes(16 << 20))  # more than a socket takes in by itself
+    settings = SiteSettings(**{**SITE, "state": str(directory / "state")})
+    settings.state.mkdir()
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    closed = threading.Event()
+
+    def answer_all() -> None:
+        while (call := calls.get()) is not None:
+            call.reply.set_result(Reply({"code": 0, "metrics": {}, "site": ""}, update))
+
+    thread = threading.Thread(target=answer_all)
+    thread.start()
+    with (
+        trainer_service._listening(settings, directory, calls, closed, write_s=0.5),
+        grpc.insecure_channel(f"unix:{settings.socket}") as channel,
+    ):
+        method = channel.stream_stream(
+            METHOD,
+            request_serializer=Part.SerializeToString,
+            response_deserializer=Part.FromString,
+        )
+        silent = [method(iter([Part(head=b"{}")])) for _ in range(trainer_service.CALLS)]
+        for call in silent:
+            assert next(call).WhichOneof("part") == "head"  # it has its answer, and reads no more
+        with pytest.raises(TrainerLostError, match="resource_exhausted") as caught:
+            ask(settings.socket, {}, memoryview(b""))
+        assert not caught.value.was_asked
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                answer = ask(settings.socket, {}, memoryview(b""))
+                break
+            except TrainerLostError:
+                assert time.monotonic() < deadline, "no place became free"
+                threading.Event().wait(0.05)
+        assert len(answer.update) == 16 << 20
+        for call in silent:
+            with pytest.raises(grpc.RpcError):
+                list(call)
+            assert call.code() is grpc.StatusCode.CANCELLED
+        closed.set()
+    calls.put(None)
+    thread.join()
+    shutil.rmtree(directory)
+
+
+def test_a_socket_lies_in_no_directory_that_everybody_may_write(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    settings = SiteSettings(**SITE, trainer=tmp_path / "trainer")
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    with (
+        pytest.raises(UserError, match="may be written by others"),
+        trainer_service._socket(settings, server),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o755, 0o755), (0o700, 0o710)])
+def test_only_a_directory_that_is_closed_to_others_is_opened_for_the_group(
+    before: int, after: int
+) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="fedge-"))
+    directory.chmod(before)
+    group = grp.getgrgid(os.getegid()).gr_name
+    settings = SiteSettings(**SITE, trainer=directory / "trainer", socket_group=group)
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    with trainer_service._socket(settings, server):
+        assert settings.socket.stat().st_mode & 0o777 == 0o660
+        assert directory.stat().st_mode & 0o777 == after
+    server.stop(0).wait()
+    directory.rmdir()
+
+
 def test_a_second_trainer_does_not_take_the_place_of_the_first(
     process: Process, tiny_model: Path
 ) -> None:
@@ -499,7 +609,7 @@ def test_sigterm_lets_the_question_in_hand_be_answered_and_a_stale_socket_is_rep
 
 
 def test_nobody_at_the_socket_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(TrainerLostError, match="unavailable"):
+    with pytest.raises(TrainerLostError, match="nobody listens"):
         ask(tmp_path / "none", head_of(), memoryview(b""))
     with pytest.raises(LinkError, match="the head has"):
         ask(tmp_path / "none", {"a": "x" * HEAD_BYTES}, memoryview(b""))

@@ -287,7 +287,7 @@ def test_metrics_that_the_noise_does_not_cover_are_noted() -> None:
     asked = parse_request(HEAD.encode())
     finding = judge_all(asked, policy(), SPENT, NOW, epsilon_without_sampling)["metrics.allowed"]
     assert finding.is_allowed
-    assert finding.note.startswith("train_loss")
+    assert finding.note.startswith("seconds, train_loss")
 
 
 def test_a_refusal_does_not_tell_what_depends_on_the_records() -> None:

@@ -144,7 +144,6 @@ def answer(node: Any, asked: Any, update: bytes) -> bool:
             arrays={"adapter": update},
             metrics={"result": {"seconds": 1.0}},
             configs={"site": {"name": "bank"}},
-            seconds=1.0,
         )
     )
 
@@ -308,7 +307,7 @@ def test_a_push_that_the_superlink_forgot_is_done_again_and_the_site_that_waits_
     with node_of(superlink) as node:
         (message_id,) = post.push([message_to(superlink.node_id, b"adapter")])
         assert claimed[0] is not None
-        content = node._client.fetch(node.node_id, claimed[0], 5.0)
+        content = node._client.fetch(node.node_id, claimed[0], 5.0, 1 << 20)
         assert bytes(content.arrays["adapter"]) == b"adapter"
         asked = node.receive()
         assert asked.message_id == message_id, "and is handed out again, under the same id"

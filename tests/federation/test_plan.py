@@ -215,7 +215,7 @@ def test_what_a_figure_leaves_out_is_said(values: dict[str, object], sentence: s
     assert sentence in note
 
 
-PRIVATE = {"training__noise_multiplier": 1.5, "aggregation": "alternating", "metrics": "seconds"}
+PRIVATE = {"training__noise_multiplier": 1.5, "aggregation": "alternating", "metrics": ""}
 
 
 def test_a_plan_says_what_protects_the_text_and_what_the_coordinator_sees() -> None:
@@ -223,15 +223,17 @@ def test_a_plan_says_what_protects_the_text_and_what_the_coordinator_sees() -> N
     assert "update and, beside it, num-examples, train_loss, seconds;" in plan().privacy
     private = plan(**PRIVATE)
     assert "DP-SGD with noise multiplier 1.5" in private.privacy
-    assert private.privacy.endswith("each site's update and, beside it, seconds.")
-    assert plan(**PRIVATE | {"metrics": ""}).privacy.endswith("update and no number beside it.")
+    assert private.privacy.endswith("each site's update and no number beside it.")
+    timed = plan(**PRIVATE | {"metrics": "seconds"}).privacy
+    assert timed.endswith("each site's update and, beside it, seconds.")
     assert private.notes == []
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"metrics": "train_loss,seconds"}, "no noise covers train_loss, and a site"),
+        ({"metrics": "train_loss,seconds"}, "no noise covers train_loss and seconds, and a site"),
+        ({"metrics": "seconds"}, "no noise covers seconds, and a site whose policy does not list"),
         ({"aggregation": "products"}, "both factors of the adapter learn at once"),
     ],
 )
