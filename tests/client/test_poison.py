@@ -1,5 +1,6 @@
 """Messages that are made to end a site's node: each ends as an error, and the next one is taken."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -140,11 +141,12 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def life(superlink: Any, tmp_path: Path) -> Iterator[_Life]:
-    """A daemon's loop in a thread; its trainer listens, and never says a word."""
+    """A daemon's loop in a thread; its trainer, started apart, hangs up on whoever calls."""
     directory = Path(tempfile.mkdtemp(prefix="fedge-"))  # a socket's path is short
     trainer = socket.socket(socket.AF_UNIX)
     trainer.bind(str(directory / "trainer"))
     trainer.listen()
+    trainer.settimeout(0.2)
     path = write_site(
         tmp_path,
         superlink=superlink.address,
@@ -168,12 +170,19 @@ def life(superlink: Any, tmp_path: Path) -> Iterator[_Life]:
         except BaseException as error:
             ended.append(error)
 
-    thread = threading.Thread(target=serve)
-    thread.start()
+    def hang_up() -> None:
+        while not made.stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                trainer.accept()[0].close()
+
+    threads = [threading.Thread(target=target) for target in (serve, hang_up)]
+    for thread in threads:
+        thread.start()
     yield made
     made.leave()
     made.drained_at = 0.0
-    thread.join(60)
+    for thread in threads:
+        thread.join(60)
     trainer.close()
     shutil.rmtree(directory)
     assert ended == [None], "the loop left because it was told to"
@@ -213,6 +222,17 @@ def test_a_poisoned_message_ends_as_an_error_or_is_let_go_and_the_next_one_is_an
     assert any("more than" in reason for reason in lost)
     assert all(len(str(event.get("group", ""))) <= 40 for event in events)
     assert not any("\x1b" in str(event.get("group")) for event in events)
+
+
+@pytest.mark.slow
+def test_a_message_that_ends_a_trainer_again_and_again_is_answered_with_an_error(
+    superlink: Any, life: _Life
+) -> None:
+    error = reply_to(superlink, superlink.send(b"adapter")).error
+    assert (error.code, error.reason) == (
+        SITE_ERROR,
+        f"the trainer ended {daemon.MAX_LOST} times while it answered",
+    )
 
 
 @pytest.mark.slow
