@@ -22,7 +22,7 @@ from benchmarks.processes import ROOT
 if TYPE_CHECKING:
     from topology import Deployment
 
-    from client.round import Answer, RoundRequest
+    from client.round import Answer, Begun, RoundRequest
     from client.settings import TrainingSettings
     from client.site import Site
     from federation.wire import Update
@@ -41,6 +41,7 @@ max_alpha = 128
 max_steps = 8
 max_batch = 64
 max_tokens = 1024
+max_learning_rate = 0.01
 max_rounds = 1000
 [traffic]
 uplink = ["float32", "bfloat16", "int8", "int4"]
@@ -143,7 +144,13 @@ def _write_site(made: Deployment, site: ResidentSite, base: Path) -> None:
 
 
 def moved(
-    received: Update, site: Site, _: TrainingSettings, request: RoundRequest, *, scratch: Path
+    received: Update,
+    site: Site,
+    _: TrainingSettings,
+    request: RoundRequest,
+    *,
+    scratch: Path,
+    begun: Begun,  # noqa: ARG001 - the signature of what it stands in for
 ) -> Answer:
     """Return an answer as `client.round.answer_received` does, without a model and its training."""
     from client.round import Answer, _encode_reply, site_records

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from client.accountant import PrivacyEvent
 from client.reasons import Refused
 from client.site_state import KEPT_S, SiteStateError
 from federation.atomic import write_atomically
@@ -48,8 +49,15 @@ class Kept:
     """Records behind it: what it weighs in a secure sum. Does not leave by itself."""
     data_set: str = ""
     """Digest of the records that it was trained on."""
+    event: PrivacyEvent | None = None
+    """What its training spent; None = it was not private."""
     is_noted: bool = False
     """Whether the ledger has it. Before that nothing of it left."""
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether the training failed after it had begun: no update, and still an answer."""
+        return self.num_bytes == 0
 
 
 class Answers:
@@ -111,6 +119,7 @@ class Answers:
         metrics: Mapping[str, float],
         num_examples: int = 0,
         data_set: str = "",
+        event: PrivacyEvent | None = None,
     ) -> Kept:
         """Put an answer on disk; it is there when this returns. Arguments: the fields of `Kept`."""
         # An update says something of the records behind it: it is for no other user of the machine.
@@ -126,6 +135,7 @@ class Answers:
             dict(metrics),
             num_examples,
             data_set,
+            event,
         )
         write_atomically(self.path(kept), update)
         # Its description last: without it the update is not there.
@@ -181,8 +191,10 @@ def noted_rounds(root: Path) -> Iterator[tuple[str, int]]:
 
 def _read(path: Path) -> Kept:
     try:
-        return Kept(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        event = values.pop("event", None)
+        return Kept(**values, event=None if event is None else PrivacyEvent(**event))
+    except (ValueError, TypeError, AttributeError):
         raise _damaged(path) from None
 
 

@@ -29,8 +29,15 @@ class Example:
     is_cut: bool = False
     """The response goes on beyond the longest example."""
 
+    @property
+    def num_learned(self) -> int:
+        """Tokens that are learned."""
+        return len(self.input_ids) - self.num_prompt
 
-def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -> list[Example]:
+
+def encode_records(
+    records: Sequence[Record], tokenizer: Any, max_tokens: int, *, keeps_all: bool = False
+) -> list[Example]:
     """Render records with the tokenizer's chat template and tokenise them.
 
     The prompt is rendered up to and including the assistant's header, the response follows, then
@@ -42,10 +49,13 @@ def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -
         records: What to encode.
         tokenizer: A transformers tokenizer with a chat template.
         max_tokens: Longest example.
+        keeps_all: Whether a record that would be left out becomes an example without a token. For
+            private training, where the chance to be drawn, and the cost with it, depends on how
+            many records there are: ``max_tokens`` must not change that number.
 
     Raises:
         DataError: The tokenizer has no chat template or one that does not show where a response
-            begins, or no record fits ``max_tokens``.
+            begins; or no record fits ``max_tokens``, unless ``keeps_all``.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -71,6 +81,8 @@ def encode_records(records: Sequence[Record], tokenizer: Any, max_tokens: int) -
         if len(prompt_ids) < max_tokens:
             ids = (*prompt_ids, *response_ids)
             examples.append(Example(ids[:max_tokens], len(prompt_ids), len(ids) > max_tokens))
+        elif keeps_all:
+            examples.append(Example((), 0, is_cut=True))
     if not examples:
         raise DataError(f"no record fits {max_tokens} tokens: raise training.max_tokens")
     return examples

@@ -1,7 +1,8 @@
 """Between a question and its answer: this site's policy before the training, its ledger after it.
 
-`client.trainer` calls in this order: `allow` before anything is trained, `release` for the numbers
-beside the update, `record` once the answer is on disk and before a byte of it leaves.
+`client.trainer` calls in this order: `admit` before a message is opened, `allow` before anything is
+trained, `release` for the numbers beside the update, `record` once the answer is on disk and before
+a byte of it leaves.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from client.fingerprint import fingerprint, read_secret
 from client.identity import public_identity, read_identity
 from client.ledger import Entry, EpsilonOf, Ledger, utc_now
 from client.policy import ANY, Policy, read_policy
+from client.policy_rules import event_of
 from client.reasons import Refused
-from client.request import SiteRequest, parse_request, with_facts
+from client.request import SiteRequest, parse_request, with_claims, with_facts
 from client.site_ledger import open_site_ledger
-from client.verdict import judge, rounded
+from client.verdict import Verdict, judge, rounded
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
     from client.fingerprint import Fingerprint
     from client.secure_sum import Membership
     from client.site_settings import SiteSettings
-    from client.trainer import Question
+    from client.trainer import Question, Said
+    from federation.header import Header
 
 STAGE = "update"
 """What the ledger calls an update that leaves by itself, not in a secure sum."""
 SECURE_STAGE = "secure"
 """And a masked vector of a secure sum. Keys, shares and signatures hold nothing of the data."""
+FAILED_STAGE = "failed"
+"""And the one sentence that a private round failed: it has no bytes, and costs as much as an update
+since whether a round fails may be told by the records."""
 
 
 class SiteGate:
@@ -97,8 +103,31 @@ class SiteGate:
         knows_bundle = settings.node == "resident"
         return cls(policy, ledger, data_set, say=say, identity=identity, knows_bundle=knows_bundle)
 
-    def allow(self, question: Question) -> None:
-        """Return when the policy allows a question; every verdict is in the log.
+    def admit(self, said: Said, header: Header, rank: int) -> None:
+        """Return unless the policy refuses a message by its head and header; refusals are logged.
+
+        Where a rule asks for the content, it is taken to be that of the adapter that the round was
+        answered for before: `allow` judges it when it is known.
+
+        Args:
+            said: Head of the message.
+            header: What the message says of itself.
+            rank: Slices that this site will train.
+
+        Raises:
+            Refused: With the rule that it breaks.
+            RequestError: It is no request.
+        """
+        asked = self._parsed(said.content)
+        spent = self._ledger.spent(self._data_set, asked.run)
+        digest = spent.answered.get(asked.server_round, "0" * 64)
+        claimed = with_claims(asked, header, rank=rank, content_digest=digest)
+        verdict = judge(claimed, self._policy, spent, self._now(), self._epsilon_of)
+        if not verdict.is_allowed:
+            self._conclude(asked, verdict)
+
+    def allow(self, question: Question) -> PrivacyEvent | None:
+        """Return what a question that the policy allows costs; every verdict is in the log.
 
         Raises:
             Refused: With the rule that it breaks.
@@ -108,6 +137,10 @@ class SiteGate:
         spent = self._ledger.spent(self._data_set, asked.run)
         spent = replace(spent, is_kept=question.is_repeated)
         verdict = judge(asked, self._policy, spent, self._now(), self._epsilon_of)
+        self._conclude(asked, verdict)
+        return event_of(asked, self._data_set.num_records) if asked.is_private else None
+
+    def _conclude(self, asked: SiteRequest, verdict: Verdict) -> None:
         self._say(
             "judged",
             run=asked.run,
@@ -126,31 +159,35 @@ class SiteGate:
     def record(self, question: Question, kept: Kept) -> None:
         """Put an answer into the ledger; the spend is on disk when this returns.
 
+        What is charged is what the training did, as it was kept with the answer.
+
         Raises:
             LedgerError: It could not be written: nothing may leave.
         """
         asked = self._request_of(question)
-        settings = asked.training_settings
-        is_secure = asked.secure_sum is not None
+        if asked.adapter is None or kept.num_bytes > asked.adapter.num_bytes:
+            raise AssertionError(f"{kept.num_bytes} bytes would leave, fewer were allowed")
+        if asked.is_private != (kept.event is not None):
+            raise AssertionError("an answer of a private round knows what it cost, and no other")
+        event = kept.event or event_of(asked, self._data_set.num_records)
+        stage = STAGE if asked.secure_sum is None else SECURE_STAGE
         # Another attempt masks the update that was charged with the first.
-        is_charged = is_secure and self._is_masked_before(asked, kept.sha256)
+        if stage == SECURE_STAGE and self._is_masked_before(asked, kept.sha256):
+            event = replace(event, steps=0)
         self._ledger.append(
             Entry(
                 run=asked.run,
                 bundle=asked.bundle,
                 server_round=asked.server_round,
-                stage=SECURE_STAGE if is_secure else STAGE,
+                stage=FAILED_STAGE if kept.is_failed else stage,
                 adapter=question.adapter,
                 settings=asked.settings_digest,
                 sha256=kept.sha256,
                 num_bytes=kept.num_bytes,
                 metrics=kept.metrics,
-                clip_norm=settings.record_clip_norm if asked.is_private else 0.0,
-                event=PrivacyEvent(
-                    settings.noise_multiplier,
-                    min(1.0, asked.batch / self._data_set.num_records),
-                    0 if is_charged else settings.num_steps,
-                ),
+                clip_norm=asked.training_settings.record_clip_norm if asked.is_private else 0.0,
+                event=event,
+                batch=asked.batch,
                 delta=self._policy.privacy.delta,
                 data_set=self._data_set,
             )
@@ -195,13 +232,15 @@ class SiteGate:
     def __exit__(self, *_: object) -> None:
         self._ledger.close()
 
+    def _parsed(self, content: bytes) -> SiteRequest:
+        """Return the request of a head, without what only the run's own app says."""
+        request = parse_request(content)
+        return request if self._knows_bundle else request.model_copy(update={"bundle": ""})
+
     def _request_of(self, question: Question) -> SiteRequest:
         """Return the request of a question, with what the message itself says of its adapter."""
-        request = parse_request(question.content)
-        if not self._knows_bundle:
-            request = request.model_copy(update={"bundle": ""})
         return with_facts(
-            request,
+            self._parsed(question.content),
             shapes=question.shapes,
             rank=question.rank,
             alpha=question.alpha,

@@ -62,6 +62,9 @@ class Entry:
     """Steps on the data. Noise 0 says that there was none: then no epsilon bounds what the data set
     gave away, now and for life. 0 steps says that nothing of the data leaves that is not charged
     already: another attempt of a secure sum masks the same update anew."""
+    batch: int
+    """Records that a step draws in the mean: the sampling rate is this over the data set's records,
+    or 1."""
     delta: float
     """At which the row's epsilon is given, in (0, 1)."""
     data_set: Fingerprint
@@ -88,6 +91,7 @@ class Row:
     noise_multiplier: float
     sampling_rate: float
     steps: int
+    batch: int
     delta: float
     data_set: str
     """Digest of its fingerprint."""
@@ -110,7 +114,7 @@ class Spent:
     num_records: int
     """Of the data set at hand."""
     answered: Mapping[int, str]
-    """This run: server_round to the content digest of the adapter that was answered."""
+    """This run: server_round to the content digest of the adapter whose training is charged."""
     settings: Mapping[int, str] = field(default_factory=dict)
     """``client.request.SiteRequest.settings_digest`` of the same rounds."""
     num_bytes: int = 0
@@ -140,11 +144,13 @@ class Contents:
             run: Id of the run.
         """
         of_run = [row for row in self.rows if row.run == run]
+        # A row that cost nothing does not make the training that follows it a repeat.
+        charged_rows = [row for row in of_run if row.steps]
         return Spent(
             tuple(row.event for row in self.rows if row.steps and row.data_set in charged),
             num_records,
-            {row.server_round: row.adapter for row in reversed(of_run)},
-            {row.server_round: row.settings for row in reversed(of_run)},
+            {row.server_round: row.adapter for row in reversed(charged_rows)},
+            {row.server_round: row.settings for row in reversed(charged_rows)},
             sum(row.num_bytes for row in of_run),
         )
 
@@ -410,6 +416,7 @@ def _values_of(entry: Entry) -> dict[str, Any]:
         "noise_multiplier": entry.event.noise_multiplier,
         "sampling_rate": entry.event.sampling_rate,
         "steps": entry.event.steps,
+        "batch": entry.batch,
         "delta": entry.delta,
         "data_set": entry.data_set.digest,
     }

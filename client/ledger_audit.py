@@ -1,8 +1,9 @@
 """Are the epsilons in a ledger what its rows amount to? Computed anew, from the rows alone.
 
 The chain says that nobody changed a row; this says that what was written was right: each release is
-charged to every data set that shares a record with its own, once, and its epsilon is the
-accountant's for all of them together. Reads only.
+charged to every data set that shares a record with its own, once, at the sampling rate that its
+batch and the number of its records give, and its epsilon is the accountant's for all of them
+together. Reads only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_epsilons(
         epsilon_of: The accountant.
 
     Raises:
-        LedgerError: Naming the first row whose epsilon is another.
+        LedgerError: Naming the first row whose epsilon or sampling rate is another.
     """
     with contextlib.closing(chain.connect(path, is_writer=False)) as connection:
         records = {name: chain.read_data_set(connection, path, name) for name in contents.data_sets}
@@ -42,6 +43,14 @@ def check_epsilons(
         return share_a_record(records[one], records[other])
 
     for index, row in enumerate(contents.rows):
+        num_records = contents.data_sets[row.data_set]
+        rate = min(1.0, row.batch / max(num_records, 1))
+        if row.steps and not math.isclose(rate, row.sampling_rate, rel_tol=TOLERANCE):
+            raise LedgerError(
+                f"{path}: row {row.number} says sampling rate {row.sampling_rate:.6g}, and "
+                f"{row.batch} of its {num_records} records are {rate:.6g}: do not rely on its "
+                "budget; use the version that wrote it, and if it says the same, report this"
+            )
         before = contents.rows[:index]
         events = [r.event for r in before if r.steps and shares(r.data_set, row.data_set)]
         found = epsilon_of([*events, row.event], row.delta)

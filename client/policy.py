@@ -76,6 +76,9 @@ class TrainingRules(StrictSettings):
     """Records of a step: batch_size * accumulation."""
     max_tokens: Limit = 0
     """Longest record, in tokens."""
+    max_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Largest learning rate. It costs no privacy; what it bounds is how far a round can drive the
+    weights, and that its numbers stay numbers."""
     max_rounds: Limit = 0
     """Last round that a run may ask. A new run begins anew: only [runs] and the epsilon for life
     bound how many there are."""

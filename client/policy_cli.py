@@ -103,6 +103,7 @@ def allowed_in_words(policy: "Policy") -> list[str]:
     lines += [f"Rank: at most {policy.adapter.max_rank}, alpha {policy.adapter.max_alpha:g}."]
     lines += [f"A round: at most {limits.max_steps} steps of {limits.max_batch} records."]
     lines += [f"A record: at most {limits.max_tokens} tokens."]
+    lines += [f"Learning rate: at most {limits.max_learning_rate:g}."]
     lines += [f"A run: at most round {limits.max_rounds}."]
     lines += [f"Formats that leave: {_words(traffic.uplink)}."]
     lines += [f"Bytes: {traffic.max_round_bytes:,} a round, {traffic.max_run_bytes:,} a run."]

@@ -21,6 +21,7 @@ from client.accountant import PrivacyEvent
 from client.ledger import EpsilonOf, Spent
 from client.policy import ANY, Policy
 from client.request import AdapterFacts, SiteRequest
+from client.settings import LEAST_CLIP_NORM
 from federation.metrics import DATA_METRICS
 from federation.run_signature import is_signed_by
 
@@ -69,6 +70,18 @@ class Case:
             return False
         description = asked.description(self.facts.base_model)
         return any(is_signed_by(key, asked.signature, description) for key in signers)
+
+
+def event_of(request: SiteRequest, num_records: int) -> PrivacyEvent:
+    """Return what training as a request asks spends of a data set; noise 0 where it has none.
+
+    Args:
+        request: One whose batch is no larger than the data set, if it is private.
+        num_records: Of the data set, after cleaning.
+    """
+    settings = request.training_settings
+    rate = min(1.0, request.batch / num_records)
+    return PrivacyEvent(settings.noise_multiplier, rate, settings.num_steps)
 
 
 def _finding(is_allowed: bool, value: str, limit: str, reason: str, note: str = "") -> Finding:
@@ -230,6 +243,17 @@ def _noise(case: Case) -> Finding:
     return _finding(noise >= floor, f"{noise:.15g}", f"at least {floor:.15g}", reason)
 
 
+def _clip_norm(case: Case) -> Finding:
+    bound = case.request.training_settings.record_clip_norm
+    finding = _at_most("training.record_clip_norm", bound, case.policy.privacy.max_record_clip_norm)
+    if bound >= LEAST_CLIP_NORM:
+        return finding
+    # No request can say it; a rule that rests on that would fall with it.
+    limit = f"at least {LEAST_CLIP_NORM:g}, {finding.limit}"
+    reason = f"training.record_clip_norm is {bound:.15g}, at least {LEAST_CLIP_NORM:g} is needed"
+    return _finding(False, finding.value, limit, reason)
+
+
 def _one_factor(case: Case) -> Finding:
     trains, is_one_only = case.request.trains, case.policy.privacy.one_factor_only
     reason = f"trains is {trains}, and under noise only one factor may learn"
@@ -257,9 +281,7 @@ def _epsilon(case: Case) -> Finding:
     if not all(look(case).is_allowed for look in (_noise, _sampling, _steps)):
         reason = "the request is outside of the bounds within which epsilon is computed"
         return _finding(False, "not computed", limit, reason)
-    settings = case.request.training_settings
-    rate = case.request.batch / case.spent.num_records
-    asked = PrivacyEvent(settings.noise_multiplier, rate, settings.num_steps)
+    asked = event_of(case.request, case.spent.num_records)
     events = case.spent.events if case.is_repeat else (*case.spent.events, asked)
     try:
         epsilon = case.epsilon_of(events, rules.delta)
@@ -320,6 +342,11 @@ RULES: dict[str, Callable[[Case], Finding]] = {
     "training.max_tokens": lambda c: _at_most(
         "training.max_tokens", c.request.training_settings.max_tokens, c.policy.training.max_tokens
     ),
+    "training.max_learning_rate": lambda c: _at_most(
+        "training.learning_rate",
+        c.request.training_settings.learning_rate,
+        c.policy.training.max_learning_rate,
+    ),
     "training.max_rounds": lambda c: _at_most(
         "server_round", c.request.server_round, c.policy.training.max_rounds
     ),
@@ -336,13 +363,7 @@ RULES: dict[str, Callable[[Case], Finding]] = {
     "aggregation.cohort": _identities,
     "privacy.required": _private,
     "privacy.noise_floor": _if_private(_noise),
-    "privacy.max_record_clip_norm": _if_private(
-        lambda c: _at_most(
-            "training.record_clip_norm",
-            c.request.training_settings.record_clip_norm,
-            c.policy.privacy.max_record_clip_norm,
-        )
-    ),
+    "privacy.max_record_clip_norm": _if_private(_clip_norm),
     "privacy.one_factor_only": _if_private(_one_factor),
     "privacy.sampling_rate": _if_private(_sampling),
     "privacy.delta": _if_private(_delta),

@@ -39,6 +39,8 @@ max_steps = 64
 max_batch = 64
 # Longest record, in tokens.
 max_tokens = 1024
+# Largest learning rate.
+max_learning_rate = 0.01
 # Last round that a run may ask.
 max_rounds = 50
 

@@ -13,7 +13,8 @@ multiplies in their product (Sun et al., arXiv:2403.12313).
 
 A killed run starts over with other records and other noise. Nothing of the first had left the
 site, so that it costs nothing; a checkpoint would keep the noise on a disk, to be subtracted from
-the rest.
+the rest. A run that *fails* may tell of its draw by that: its caller charges it
+(`client.trainer`).
 
 Shape letters: B records, T tokens, N learned positions, O out features, I in features.
 """
@@ -80,10 +81,10 @@ def privacy_event(settings: TrainingSettings, num_records: int) -> PrivacyEvent 
         return None
     expected = settings.batch_size * settings.accumulation
     if expected > num_records:
+        # Not how many there are: the sentence may reach whoever chose the batch.
         raise SettingsError(
-            f"training.batch_size x training.accumulation is {expected} and the data set holds "
-            f"{num_records} records: a private step draws each record at most once, so expected "
-            f"at most {num_records}; lower one of the two"
+            f"training.batch_size x training.accumulation is {expected}, more than the data set "
+            "holds: a private step draws each record at most once; lower one of the two"
         )
     return PrivacyEvent(
         noise_multiplier=settings.noise_multiplier,
@@ -107,7 +108,8 @@ def train_records(
 
     Args:
         model: Its parameters with ``requires_grad`` are trained; float32.
-        examples: The whole data set, each record once.
+        examples: The whole data set, each record once; for private training those without a token
+            to learn too (``encode_records(keeps_all=True)``).
         settings: Steps, batch, learning rate, noise.
         pad_id: Token id to pad with.
         stretch: Number of the round, from 0: training that is not private goes on with the
@@ -147,7 +149,8 @@ def train_privately(
 
     Args:
         model: Its parameters with ``requires_grad`` are trained: linear maps without a bias.
-        examples: The whole data set, each record once.
+        examples: The whole data set, each record once; one without a token to learn is drawn like
+            any other and has gradient 0.
         settings: ``noise_multiplier`` > 0.
         pad_id: Token id to pad with.
         on_step: Called after each step; what it is told is not private.
@@ -243,7 +246,9 @@ def _private_gradient(
     bound = settings.record_clip_norm * (1 - CLIP_SLACK)
     sums_OI = [torch.zeros_like(weight, dtype=torch.float64) for weight in gradients.weights]
     total_loss, num_tokens = 0.0, 0
-    ordered = sorted(drawn, key=lambda example: len(example.input_ids))  # less padding
+    # What has nothing to learn has gradient 0. The order is for less padding.
+    learned = [example for example in drawn if example.num_learned]
+    ordered = sorted(learned, key=lambda example: len(example.input_ids))
     for start in range(0, len(ordered), settings.batch_size):
         rows = ordered[start : start + settings.batch_size]
         batch = {name: t.to(model.device) for name, t in collate(rows, pad_id).items()}

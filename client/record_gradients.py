@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ROUNDING = 1e-9
+"""Relative: what a norm in float64 may be off by, and more. `client.privacy.CLIP_SLACK` has room
+for it."""
+
+
 class PrivacyError(FedgeError):
     """The gradient of one record cannot be told from that of the others."""
 
@@ -93,23 +98,42 @@ def clipped_sum(gradients_BOI: Sequence[Tensor], bound: float) -> tuple[list[Ten
     A record's gradient is one vector over all weights and is shortened as a whole (Abadi et al.,
     arXiv:1607.00133). One that is not finite counts as zero.
 
+    Norms, scales and sums are float64. In float32 the square of 1e-23 is 0: a record of many such
+    numbers would have no length and pass a bound below it as it is. What is shortened is measured
+    again, and a record that is still longer than the bound counts as zero.
+
     Args:
         gradients_BOI: A tensor a weight, float32. They are changed.
         bound: L2 norm, > 0.
 
     Returns:
-        The sums [O, I], and the norms [B] before: inf or NaN where a gradient is.
+        The sums [O, I] and the norms [B] before, both float64; inf or NaN where a gradient is.
     """
     import torch
 
-    # Not a vector norm in one call: that one does not add over a list of weights.
-    norms_B = torch.stack([g.square().sum(dim=(1, 2)) for g in gradients_BOI]).sum(dim=0).sqrt()
+    norms_B = _norms(gradients_BOI)
     is_finite_B = norms_B.isfinite()
     if not is_finite_B.all():
         for gradient in gradients_BOI:
             gradient[~is_finite_B] = 0.0
     scales_B = torch.where(is_finite_B, (bound / norms_B).clamp(max=1.0), 0.0)
-    return [torch.einsum("boi,b->oi", g, scales_B) for g in gradients_BOI], norms_B
+    # The comparison is False for NaN.
+    is_short_B = _norms(gradients_BOI, scales_B) <= bound * (1 + _ROUNDING)
+    scales_B = torch.where(is_short_B, scales_B, 0.0)
+    return [torch.einsum("boi,b->oi", g.double(), scales_B) for g in gradients_BOI], norms_B
+
+
+def _norms(gradients_BOI: Sequence[Tensor], scales_B: Tensor | None = None) -> Tensor:
+    """Return the L2 norm [B], float64, of each record's gradient times its scale."""
+    import torch
+
+    squares = []
+    for gradient_BOI in gradients_BOI:  # one weight at a time: float64 is twice as large
+        wide_BOI = gradient_BOI.double()
+        if scales_B is not None:
+            wide_BOI = wide_BOI.mul_(scales_B[:, None, None])
+        squares.append(wide_BOI.square_().sum(dim=(1, 2)))
+    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _recording(

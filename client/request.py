@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from client.settings import TrainingSettings
 from federation.errors import UserError
-from federation.header import MAX_ALPHA, MAX_RANK, message_bytes, num_numbers
+from federation.header import MAX_ALPHA, MAX_RANK, Header, message_bytes, num_numbers
 from federation.metrics import METRICS
 from federation.run_signature import canonical_json, run_description
 from federation.settings import AGGREGATIONS, Dtype, Settings
@@ -284,18 +284,50 @@ def with_facts(
             bits=terms.bits,
             max_examples=terms.max_examples,
         )
+    return _with(
+        request,
+        base_model=base_model,
+        content_digest=content_digest,
+        rank=rank,
+        alpha=alpha,
+        modules=tuple(shapes),
+        num_bytes=num_bytes,
+    )
+
+
+def with_claims(
+    request: SiteRequest, header: Header, *, rank: int, content_digest: str
+) -> SiteRequest:
+    """Return the request with what the header of a message claims, before the message is opened.
+
+    How many bytes the update will have is not known yet, and stands as the fewest.
+
+    Args:
+        request: As parsed.
+        header: Of the message.
+        rank: Slices that this site will train.
+        content_digest: What the content is taken to be.
+
+    Raises:
+        RequestError: As `with_facts`.
+    """
+    return _with(
+        request,
+        base_model=header.base_model,
+        content_digest=content_digest,
+        rank=rank,
+        alpha=header.alpha,
+        modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in header.places)),
+        num_bytes=1,
+    )
+
+
+def _with(request: SiteRequest, **facts: Any) -> SiteRequest:
     try:
-        facts = AdapterFacts(
-            base_model=base_model,
-            content_digest=content_digest,
-            rank=rank,
-            alpha=alpha,
-            modules=tuple(shapes),
-            num_bytes=num_bytes,
-        )
+        adapter = AdapterFacts(**facts)
     except ValidationError as error:
         raise RequestError(f"the message's {_first_fault(error, 'adapter.')}") from None
-    return request.model_copy(update={"adapter": facts})
+    return request.model_copy(update={"adapter": adapter})
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

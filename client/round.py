@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from client.accountant import PrivacyEvent
 from client.settings import TrainingSettings
 from client.site import Site
 from client.site_state import SiteState
@@ -23,6 +24,14 @@ from federation.base_model import ModelError, model_digest
 from federation.header import DTYPES, FACTORS, holds_changes
 from federation.metrics import METRICS
 from federation.wire import Update, WireError, encode, open_update, reference_of
+
+LARGEST_WEIGHT = 1e6
+"""Largest number of an adapter that is trained. Near the end of what a message can hold, what the
+training adds decides whether there is an answer at all."""
+
+Begun = Callable[[PrivacyEvent | None], None]
+"""Told what the training is about to spend, before its first draw; it may raise."""
+
 
 if TYPE_CHECKING:
     from client.batches import Example
@@ -63,6 +72,8 @@ class Answer:
     """Mean over the round's steps, nats."""
     training_s: float = 0.0
     """Seconds of the training alone, without what is read, written and encoded around it."""
+    event: PrivacyEvent | None = None
+    """What the training spent of the records' privacy; None = it was not private."""
 
 
 def read_request(record: Mapping[str, Any]) -> RoundRequest:
@@ -115,6 +126,7 @@ def answer_received(
     *,
     scratch: Path,
     key: bytes | None = None,
+    begun: Begun = lambda _: None,
 ) -> Answer:
     """Train an adapter that was received on the site's records.
 
@@ -127,11 +139,12 @@ def answer_received(
         request: What else the round asks.
         scratch: Directory for files that may go when this returns.
         key: See `client.privacy.train_privately`; for tests.
+        begun: Called before the training's first draw: what fails after it may tell of the draw.
 
     Raises:
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
-    trained, answer = train_received(received, site, settings, request, key=key)
+    trained, answer = train_received(received, site, settings, request, key=key, begun=begun)
     update = _encode_reply(trained, received, site, request, scratch)
     return replace(answer, update=update)
 
@@ -143,28 +156,47 @@ def train_received(
     request: RoundRequest,
     *,
     key: bytes | None = None,
+    begun: Begun = lambda _: None,
 ) -> tuple[Adapter, Answer]:
     """Return the adapter as the site's records made it, and an answer that has no update yet.
 
     Arguments and errors as `answer_received`; nothing is written.
     """
-    from client.privacy import train_records
+    from client.privacy import privacy_event, train_records
 
     adapter = received.adapter()
+    _refuse_large_weights(adapter)
     if site.rank is not None:
         adapter = adapter.first_slices(site.rank)
     model = resident_model(site.base_model, settings.dtype).laid_out_for(adapter)
     write_into_model(model, adapter)
     train_only(model, request.trains)
-    examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens)
+    is_private = settings.noise_multiplier > 0
+    examples, pad_id = _examples(site.base_model, site.data, settings.max_tokens, is_private)
+    begun(privacy_event(settings, len(examples)))
     started = time.perf_counter()
-    steps = train_records(
+    done = train_records(
         model, examples, settings, pad_id=pad_id, stretch=request.server_round - 1, key=key
-    ).steps
+    )
     training_s = time.perf_counter() - started
     trained = read_from_model(model, rank=adapter.rank, alpha=adapter.alpha)
-    train_loss = sum(step.loss for step in steps) / len(steps)
-    return trained, Answer(b"", len(examples), train_loss, training_s)
+    train_loss = sum(step.loss for step in done.steps) / len(done.steps)
+    return trained, Answer(b"", len(examples), train_loss, training_s, done.event)
+
+
+def _refuse_large_weights(adapter: Adapter) -> None:
+    """Refuse an adapter whose numbers are no weights of a model.
+
+    Raises:
+        WireError: The module and the limit are named, before anything is trained.
+    """
+    for name, factors in adapter.modules.items():
+        largest = max(float(factors.b_OR.abs().max()), float(factors.a_RI.abs().max()))
+        if largest > LARGEST_WEIGHT:
+            raise WireError(
+                f"the adapter's {name} holds {largest:g}: a site trains weights of at most "
+                f"{LARGEST_WEIGHT:g}; begin again from an adapter that did not diverge"
+            )
 
 
 def open_received(path: Path, site: Site, request: RoundRequest) -> Update:
@@ -252,13 +284,17 @@ def settle() -> None:
 
 
 @lru_cache(maxsize=8)
-def _examples(base_model: Path, data: Path, max_tokens: int) -> tuple[list[Example], int]:
-    """Tokenise a site's records once a process."""
+def _examples(
+    base_model: Path, data: Path, max_tokens: int, is_private: bool
+) -> tuple[list[Example], int]:
+    """Tokenise a site's records once a process; for private training every one of them."""
     from client.batches import encode_records
     from client.model import load_tokenizer, padding_id
 
     tokenizer = load_tokenizer(base_model)
-    return encode_records(site_records(data), tokenizer, max_tokens), padding_id(tokenizer)
+    records = site_records(data)
+    examples = encode_records(records, tokenizer, max_tokens, keeps_all=is_private)
+    return examples, padding_id(tokenizer)
 
 
 @lru_cache(maxsize=8)

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from client.answers import Answers, Kept
 from client.reasons import Refused
 from client.request import parse_request
-from client.round import Answer, open_received, train_received
+from client.round import Answer, Begun, train_received
 from client.secure_sum_state import SecureSumSite
 from client.site_state import SiteStateError
 from client.trainer import Facts, Question, Reply, Said, Trainer, facts_of
@@ -161,7 +161,7 @@ def change_bytes(trained: Adapter, received: Update, factors: str) -> bytes:
 def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
     """Return the question of the first stage, once its answer is on disk."""
     site, request = trainer.site, said.request
-    received = open_received(message, site, request)
+    received = trainer.opened(said, message)
     if site.rank is not None and site.rank < received.rank:
         raise SecureSumError(
             f"this site trains rank {site.rank} of {received.rank}: a secure sum adds whole "
@@ -171,11 +171,11 @@ def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
     question = said.about(facts)
     data_set = trainer.gate.data_set
 
-    def train() -> Answer:
+    def train(begun: Begun) -> Answer:
         # Before the training: what is kept of it must not be taken for other records'.
         _write(site.state, request.run, question, data_set, facts)
         trained, answer = train_received(
-            received, site, said.settings, request, key=trainer.key(request)
+            received, site, said.settings, request, key=trainer.key(request), begun=begun
         )
         return replace(answer, update=change_bytes(trained, received, request.trains))
 
@@ -195,7 +195,7 @@ def _asked_again(trainer: Trainer, said: Said) -> tuple[Question, Kept]:
     _refuse_other_records(kept, question, trainer.gate.data_set)
     answers = Answers(trainer.site.state, said.request.run)
     answer = answers.find(said.request.server_round, question.digest)
-    if answer is None:
+    if answer is None or answer.is_failed:
         raise SiteStateError(
             f"what was trained for round {said.request.server_round} is gone: it cannot be summed"
         )

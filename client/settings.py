@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from federation.settings import Settings
 
+LEAST_CLIP_NORM = 1e-6
+"""Smallest bound on a record's gradient. Far below it no training learns anything, and the weights'
+float32 begins to round away the noise that is in proportion to it."""
+
 
 class TrainingSettings(Settings):
     """One stretch of training: a round of a federation, or a whole run alone."""
@@ -28,13 +32,15 @@ class TrainingSettings(Settings):
     """Record-level differential privacy: standard deviation of the noise on the sum of the records'
     gradients, in units of ``record_clip_norm``. Each step then draws every record with probability
     batch_size x accumulation / records. 0 = no noise and no privacy."""
-    record_clip_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    record_clip_norm: Annotated[float, Field(ge=LEAST_CLIP_NORM, le=1e6)] = 1.0
     """L2 bound on the gradient of one record over all trained factors. Only with noise."""
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     """FedProx (Li et al., arXiv:1812.06127): mu / 2 * ||w - w_start||^2 over all trained factors is
     added to the loss, so that a site stays nearer to what it was sent. 0 = off."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
-    """Longest record, prompt and response together; a longer response is cut."""
+    """Longest record, prompt and response together; a longer response is cut. A record whose prompt
+    alone is as long teaches nothing: without noise it is left out, with noise it is drawn like any
+    other and its gradient is 0."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number format of the frozen base. Trained weights are always float32."""
     gradient_checkpointing: bool = False

@@ -1,8 +1,10 @@
 """What a site does with a question: may it be answered, was it answered before, train, keep, note.
 
-The order is the guarantee. Nothing is trained before it was allowed; the answer is on disk before
-it is noted as spent, and it is noted before a byte of it leaves. A crash between any two of these
-leads to the same bytes or to none, and never to a second draw of noise.
+The order is the guarantee. Nothing is opened before its head and header were admitted, and nothing
+trained before it was allowed; the answer is on disk before it is noted as spent, and it is noted
+before a byte of it leaves. A crash between any two of these leads to the same bytes or to none, and
+never to a second draw of noise. A private round that fails is an answer too, the same for each
+cause.
 
 No socket and no thread here: `client.trainer_service` has those.
 """
@@ -18,10 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from client.accountant import PrivacyEvent
 from client.answers import Answers, Kept
 from client.reasons import Refused, code_and_reason
 from client.round import (
     Answer,
+    Begun,
     RoundRequest,
     answer_received,
     num_model_loads,
@@ -32,16 +36,25 @@ from client.settings import TrainingSettings
 from client.site import Site
 from client.site_state import SiteState
 from client.trainer_link import LinkError, read_object
+from federation.errors import FedgeError
 from federation.settings import load_settings
-from federation.wire import Update
+from federation.wire import Update, header_of
 
 if TYPE_CHECKING:
     from client.secure_sum import Membership
+    from federation.header import Header
 
 KeyOf = Callable[[RoundRequest], bytes]
 """The key of a round's random numbers: `client.randomness.RandomStream`."""
 _NOT_ASKED = ("bundle", "signature", "stage", "attempt")
 """Keys of a head that say who asks, and how far a secure sum is: not what is to be trained."""
+
+
+class RoundFailedError(FedgeError):
+    """A private round failed after it was allowed: the one sentence that leaves of that."""
+
+    def __init__(self) -> None:
+        super().__init__("the site failed in this private round; its own log says why")
 
 
 @dataclass(frozen=True)
@@ -115,8 +128,18 @@ class Reply:
 class Gate(Protocol):
     """This site's policy and ledger, as the trainer needs them: `client.gate` has the real one."""
 
-    def allow(self, question: Question) -> None:
-        """Return when the policy allows a question; raise `client.reasons.Refused` else."""
+    def admit(self, said: Said, header: Header, rank: int) -> None:
+        """Raise `client.reasons.Refused` for a message whose head and header the policy refuses.
+
+        It has not been opened: what only its content tells is judged by ``allow``.
+        """
+        ...
+
+    def allow(self, question: Question) -> PrivacyEvent | None:
+        """Return what a question that the policy allows will cost, None for no noise.
+
+        Else it raises `client.reasons.Refused`.
+        """
         ...
 
     def release(self, question: Question, measured: Mapping[str, float]) -> dict[str, float]:
@@ -173,13 +196,13 @@ class Trainer:
         try:
             return self._answer(head, message, scratch)
         except Exception as error:
-            site = self.site
-            own = [str(path) for path in (site.data, site.base_model, site.state)]
-            code, reason = code_and_reason(error, own)
-            frames = traceback.extract_tb(error.__traceback__)[-3:]
-            where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
-            self.say("question_failed", code=code, error=type(error).__name__, where=where)
+            code, reason = code_and_reason(error, self._own_paths)
+            self.say("question_failed", code=code, error=type(error).__name__, where=_where(error))
             return Reply({"code": code, "reason": reason})
+
+    @property
+    def _own_paths(self) -> list[str]:
+        return [str(path) for path in (self.site.data, self.site.base_model, self.site.state)]
 
     def _answer(self, head: bytes, message: Path, scratch: Path) -> Reply:
         began = time.perf_counter()
@@ -191,17 +214,18 @@ class Trainer:
         if "secure_sum" in said.head:
             raise LinkError("the head says the terms of a secure sum, and no stage of it")
         request = said.request
-        received = open_received(message, self.site, request)
+        received = self.opened(said, message)
         question = said.about(facts_of(received, self.site))
         kept, training_s = self.kept_answer(
             question,
-            lambda: answer_received(
+            lambda begun: answer_received(
                 received,
                 self.site,
                 said.settings,
                 request,
                 scratch=scratch,
                 key=self.key(request),
+                begun=begun,
             ),
         )
         self.gate.record(question, kept)
@@ -222,8 +246,20 @@ class Trainer:
             answers.path(kept),
         )
 
+    def opened(self, said: Said, message: Path) -> Update:
+        """Return what a message brought: opened only once the policy admits what it says of itself.
+
+        Raises:
+            Refused: It does not.
+            FedgeError: See `client.round.open_received`.
+        """
+        header = header_of(message)
+        rank = header.rank if self.site.rank is None else min(self.site.rank, header.rank)
+        self.gate.admit(said, header, rank)
+        return open_received(message, self.site, said.request)
+
     def kept_answer(
-        self, question: Question, train: Callable[[], Answer]
+        self, question: Question, train: Callable[[Begun], Answer]
     ) -> tuple[Kept, float | None]:
         """Return the answer to a question, on disk, and how long it was trained for, in seconds.
 
@@ -236,41 +272,98 @@ class Trainer:
         Raises:
             Refused: The policy does not allow it, the round was answered to another question, or
                 the answer was never charged, and would now be charged to other records.
+            RoundFailedError: The round is private and failed, now or when it was asked before.
         """
-        server_round = question.request.server_round
         answers = Answers(self.site.state, question.request.run)
-        kept = answers.find(server_round, question.digest)
-        self.gate.allow(replace(question, is_repeated=kept is not None))
-        if kept is not None:
-            if not kept.is_noted and kept.data_set != self.gate.data_set:
-                raise Refused(
-                    "data_set",
-                    "this site's records changed since it trained this round: go on to another",
-                )
-            return kept, None
-        SiteState(self.site.state, question.request.run).take_back_unless(answers.is_noted)
-        started = time.perf_counter()
-        answer = train()
-        self.say("trained", run=question.request.run, server_round=server_round)
-        measured = {
-            "num-examples": answer.num_examples,
-            "train_loss": answer.train_loss,
-            "seconds": time.perf_counter() - started,
-        }
-        kept = answers.keep(
-            server_round,
-            question=question.digest,
-            adapter=question.adapter,
-            update=answer.update,
-            metrics=self.gate.release(question, measured),
-            num_examples=answer.num_examples,
-            data_set=self.gate.data_set,
-        )
+        kept = answers.find(question.request.server_round, question.digest)
+        event = self.gate.allow(replace(question, is_repeated=kept is not None))
+        if kept is None:
+            SiteState(self.site.state, question.request.run).take_back_unless(answers.is_noted)
+            return self._new_answer(question, answers, event, train)
+        if not kept.is_noted and kept.data_set != self.gate.data_set:
+            raise Refused(
+                "data_set",
+                "this site's records changed since it trained this round: go on to another",
+            )
+        if kept.is_failed:
+            self.gate.record(question, kept)
+            answers.note(kept)
+            raise RoundFailedError
+        return kept, None
+
+    def _new_answer(
+        self,
+        question: Question,
+        answers: Answers,
+        judged: PrivacyEvent | None,
+        train: Callable[[Begun], Answer],
+    ) -> tuple[Kept, float]:
+        """Train; in a private round whatever goes wrong from here on leaves as one sentence.
+
+        Which error it is may depend on the records and on the noise: on numbers that overflow, on
+        memory for the records that were drawn. So once noise may have been drawn, a failure is the
+        round's answer: it is charged and kept, and whoever asks again gets no second draw.
+        """
+        spent: list[PrivacyEvent] = []
+
+        def begun(event: PrivacyEvent | None) -> None:
+            if event != judged:
+                raise AssertionError(f"allowed was {judged}, and the training would be {event}")
+            spent.extend([event] if event else [])
+
+        server_round, started = question.request.server_round, time.perf_counter()
+        try:
+            answer = train(begun)
+            self.say("trained", run=question.request.run, server_round=server_round)
+            measured = {
+                "num-examples": answer.num_examples,
+                "train_loss": answer.train_loss,
+                "seconds": time.perf_counter() - started,
+            }
+            kept = answers.keep(
+                server_round,
+                question=question.digest,
+                adapter=question.adapter,
+                update=answer.update,
+                metrics=self.gate.release(question, measured),
+                num_examples=answer.num_examples,
+                data_set=self.gate.data_set,
+                event=answer.event,
+            )
+        except Exception as error:
+            if not question.settings.noise_multiplier:
+                raise
+            self._say_failure(error)
+            for event in spent:
+                self._keep_failure(question, answers, event)
+            raise RoundFailedError from None
         return kept, answer.training_s
 
     def key(self, request: RoundRequest) -> bytes | None:
         """Return the key of a round's noise; None, as always but in a test, draws a new one."""
         return self._key_of(request) if self._key_of else None
+
+    def _keep_failure(self, question: Question, answers: Answers, event: PrivacyEvent) -> None:
+        try:
+            kept = answers.keep(
+                question.request.server_round,
+                question=question.digest,
+                adapter=question.adapter,
+                update=b"",
+                metrics={},
+                data_set=self.gate.data_set,
+                event=event,
+            )
+            self.gate.record(question, kept)
+            answers.note(kept)
+        except Exception as error:  # a full disk: it has nothing to do with records or noise
+            self._say_failure(error)
+
+    def _say_failure(self, error: Exception) -> None:
+        """Put into this site's log what does not leave it."""
+        _, reason = code_and_reason(error, self._own_paths)
+        name = type(error).__name__
+        self.say("private_round_failed", error=name, reason=reason, where=_where(error))
 
     def reply_head(self, num_bytes: int, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return the head of a reply that is no error."""
@@ -280,6 +373,11 @@ class Trainer:
             "site": self.site.name,
             "num_bytes": num_bytes,
         }
+
+
+def _where(error: Exception) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
 
 
 def read_head(head: bytes) -> Said:

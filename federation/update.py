@@ -234,14 +234,23 @@ class Update:
             rows_RC.add_(reference_RC)
 
 
+def header_of(path: Path) -> Header:
+    """Return what a message says of itself, and its length bears out; nothing else is read.
+
+    Raises:
+        WireError: The header is not one, or speaks of another length.
+    """
+    with path.open("rb") as file:
+        return read_head(file.read, path.stat().st_size)
+
+
 def reference_of(path: Path) -> str:
     """Return the content digest of the adapter that a message stands on, or "": from its header.
 
     Raises:
         WireError: The header is not one.
     """
-    with path.open("rb") as file:
-        return read_head(file.read, path.stat().st_size).reference
+    return header_of(path).reference
 
 
 def open_update(

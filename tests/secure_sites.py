@@ -40,7 +40,13 @@ LIMITS: dict[str, Any] = {
     "models": {"base": ["any"]},
     "runs": {"allowed": ["any"], "bundles": ["any"]},
     "adapter": {"modules": ["*"], "max_rank": 8, "max_alpha": 64.0},
-    "training": {"max_steps": 8, "max_batch": 64, "max_tokens": 512, "max_rounds": 9},
+    "training": {
+        "max_steps": 8,
+        "max_batch": 64,
+        "max_tokens": 512,
+        "max_learning_rate": 0.01,
+        "max_rounds": 9,
+    },
     "traffic": {
         "uplink": ["float32"],
         "max_round_bytes": 1_000_000,

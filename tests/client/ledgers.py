@@ -24,6 +24,7 @@ ONE = data_set(*range(10))
 
 
 def entry(server_round: int = 1, **changes) -> Entry:
+    records = changes.get("data_set", ONE).num_records
     values = {
         "run": RUN,
         "bundle": "c" * 64,
@@ -35,7 +36,8 @@ def entry(server_round: int = 1, **changes) -> Entry:
         "num_bytes": 4096,
         "metrics": {"seconds": 1.5},
         "clip_norm": 1.0,
-        "event": PrivacyEvent(1.0, 0.1, 4),
+        "event": PrivacyEvent(1.0, 1 / records, 4),
+        "batch": 1,
         "delta": 1e-3,
         "data_set": ONE,
     }

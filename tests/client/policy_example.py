@@ -56,7 +56,13 @@ POLICY: dict[str, Any] = {
         "max_rank": 16,
         "max_alpha": 32.0,
     },
-    "training": {"max_steps": 8, "max_batch": 32, "max_tokens": 256, "max_rounds": 4},
+    "training": {
+        "max_steps": 8,
+        "max_batch": 32,
+        "max_tokens": 256,
+        "max_learning_rate": 5e-4,
+        "max_rounds": 4,
+    },
     "traffic": {"uplink": ["bfloat16"], "max_round_bytes": 1000, "max_run_bytes": 3000},
     "aggregation": {
         "kinds": ["alternating"],

@@ -26,6 +26,9 @@ class SmallGate:
     def __init__(self, ledger: Path) -> None:
         self._ledger = ledger
 
+    def admit(self, *_: object) -> None:
+        pass
+
     def allow(self, question: Question) -> None:
         if question.rank > 8:
             raise Refused("max_rank", f"the adapter has rank {question.rank}, at most 8 is trained")

@@ -146,5 +146,5 @@ def test_the_description_of_an_answer_holds_names_and_numbers_only(tmp_path: Pat
     values = json.loads((tmp_path / "answers" / "a1" / "1.json").read_text())
     assert set(values) == {
         *("server_round", "question", "adapter", "sha256", "num_bytes", "metrics"),
-        *("num_examples", "data_set", "is_noted"),
+        *("num_examples", "data_set", "event", "is_noted"),
     }

@@ -41,6 +41,16 @@ def test_prompts_that_leave_no_room_are_left_out(tiny_model: Path) -> None:
         encode_records(records[:1], tokenizer, 60)
 
 
+def test_for_private_training_every_record_is_an_example(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+    records = [Record("x" * 300, "r", 1), Record("p", "r", 2)]
+    blank, whole = encode_records(records, tokenizer, 60, keeps_all=True)
+    assert (blank.input_ids, blank.num_learned) == ((), 0)
+    assert [whole] == encode_records(records, tokenizer, 60)
+    assert whole.num_learned == len(whole.input_ids) - whole.num_prompt > 0
+    assert encode_records(records[:1], tokenizer, 60, keeps_all=True) == [blank]
+
+
 def test_collate_pads_on_the_right_and_hides_padding_and_prompt() -> None:
     batch = collate([Example((5, 6, 7), 1), Example((8, 9), 1)], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]

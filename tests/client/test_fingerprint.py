@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client.cleaning import clean
 from client.fingerprint import (
     SECRET,
     FingerprintError,
@@ -37,6 +38,13 @@ def test_renaming_reordering_case_and_white_space_change_nothing(tmp_path):
     assert first == second
     assert first.num_records == 40
     assert first.digest == hashlib.sha256(first.records).hexdigest()
+
+
+@given(st.lists(st.sampled_from("aAbBcC \u00e9").map(lambda x: f"p{x}"), min_size=1, max_size=12))
+def test_what_is_trained_on_has_as_many_records_as_its_fingerprint(prompts):
+    """So the rate at which a step draws is the rate that is charged."""
+    kept = clean([record(prompt) for prompt in prompts]).kept
+    assert fingerprint(kept, KEY).num_records == len(kept)
 
 
 def test_one_changed_letter_makes_another_data_set():

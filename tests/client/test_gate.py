@@ -54,7 +54,13 @@ HEAD: dict[str, Any] = {
 LIMITS: dict[str, Any] = {
     "runs": {"allowed": [RUN], "bundles": ["c" * 64]},
     "adapter": {"modules": ["model.layers.*"], "max_rank": 8, "max_alpha": 16.0},
-    "training": {"max_steps": 8, "max_batch": 8, "max_tokens": 64, "max_rounds": 9},
+    "training": {
+        "max_steps": 8,
+        "max_batch": 8,
+        "max_tokens": 64,
+        "max_learning_rate": 0.01,
+        "max_rounds": 9,
+    },
     "traffic": {
         "uplink": ["float32"],
         "max_round_bytes": 1_000_000,
@@ -76,6 +82,8 @@ class Box:
         self.site.state.mkdir()
         self.message = self.message_of(0)
         self.said: list[tuple[str, dict[str, Any]]] = []
+        self.fingerprinted: Path | None = None
+        """What the ledger charges, if it is not the site's data."""
 
     def message_of(self, seed: int) -> bytes:
         adapter = initial_adapter(
@@ -95,7 +103,8 @@ class Box:
         base = {"models": {"base": [model_digest(self.base_model)]}}
         policy = Policy.model_validate(changed({**LIMITS, **base}, **limits))
         ledger = Ledger.open(self.ledger)
-        data_set = fingerprint(site_records(self.site.data), read_secret(self.site.state))
+        records = site_records(self.fingerprinted or self.site.data)
+        data_set = fingerprint(records, read_secret(self.site.state))
         path = self.directory / "message"
         path.write_bytes(self.message if message is None else message)
         scratch = Path(tempfile.mkdtemp(dir=self.directory))
@@ -248,6 +257,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("runs.bundles", lambda head: head | {"bundle": "d" * 64}),
     ("training.max_steps", lambda head: changed(head, training__num_steps=9)),
     ("training.max_batch", lambda head: changed(head, training__batch_size=9)),
+    ("training.max_learning_rate", lambda head: changed(head, training__learning_rate=0.011)),
     ("training.max_rounds", lambda head: head | {"server_round": 10}),
     ("traffic.uplink", lambda head: head | {"uplink": "bfloat16"}),
     ("aggregation.kinds", lambda head: head | {"aggregation": "products"}),

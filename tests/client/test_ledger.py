@@ -112,6 +112,11 @@ def test_spent_names_what_this_run_was_answered(path):
         assert spent.answered == {1: entry(1).adapter, 4: entry(4).adapter}
         assert spent.num_records == 10
         assert spent.events == (PrivacyEvent(1.0, 0.1, 4),) * 3  # the keys cost nothing
+        # A training that follows keys is none that was charged already.
+        ledger.append(entry(9, stage="keys", sha256="d" * 64, event=PrivacyEvent(0, 0, 0)))
+        spent = ledger.spent(ONE, RUN)
+        assert 9 not in spent.answered
+        assert 9 not in spent.settings
         assert ledger.spent(data_set(99), "34" * 16).answered == {}
 
 

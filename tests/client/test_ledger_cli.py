@@ -69,9 +69,11 @@ def test_verify_says_yes_or_names_the_first_broken_row(monkeypatch, capsys, genu
 def test_verify_computes_every_epsilon_anew(monkeypatch, capsys, tmp_path):
     """A program that undercounts writes a chain without a fault."""
     path = tmp_path / "ledger.db"
-    fill(path, 1, epsilon_of=epsilon_of)
+    with open_ledger(path, epsilon_of=epsilon_of) as book:
+        book.append(entry(1))
     with open_ledger(path, epsilon_of=lambda events, delta: epsilon_of(events[-1:], delta)) as book:
-        book.append(entry(2, data_set=data_set(1, 77)))  # shares one record with the first
+        # It shares one record with the first, and has as many.
+        book.append(entry(2, data_set=data_set(1, *range(70, 79))))
     rows = read_ledger(path).rows
     assert rows[0].epsilon == pytest.approx(rows[1].epsilon)
     assert run(monkeypatch, "ledger", "verify", path) == 1
@@ -87,8 +89,22 @@ def test_verify_takes_data_sets_that_share_nothing_apart(monkeypatch, tmp_path):
     with open_ledger(path, epsilon_of=epsilon_of) as book:
         alone = book.append(entry(1, data_set=data_set(1, 2)))
         assert book.append(entry(2, data_set=data_set(3, 4))).epsilon == alone.epsilon
-        book.append(entry(3, event=PrivacyEvent(0.0, 0.1, 4), data_set=data_set(3, 5)))
+        book.append(entry(3, event=PrivacyEvent(0.0, 0.5, 4), data_set=data_set(3, 5)))
     assert run(monkeypatch, "ledger", "verify", path) == 0
+
+
+def test_verify_sees_a_sampling_rate_that_is_not_the_batch_over_the_records(
+    monkeypatch, capsys, tmp_path
+):
+    """A program that charged less than it drew: its epsilons fit its rates."""
+    path = tmp_path / "ledger.db"
+    with open_ledger(path, epsilon_of=epsilon_of) as book:
+        book.append(entry(1))
+        book.append(entry(2, event=PrivacyEvent(1.0, 0.05, 4)))
+    assert run(monkeypatch, "ledger", "verify", path) == 1
+    assert "row 3 says sampling rate 0.05, and 1 of its 10 records are 0.1" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "some text"])

@@ -19,7 +19,7 @@ from client.privacy import (
 )
 from client.record_gradients import PrivacyError, clipped_sum, record_gradients
 from client.records import read_records
-from client.settings import TrainingSettings
+from client.settings import LEAST_CLIP_NORM, TrainingSettings
 from client.training import Step, draw, train
 from federation.adapter import initial_adapter, train_only
 from federation.settings import SettingsError, load_settings
@@ -139,7 +139,28 @@ def test_clipping_shortens_each_record_as_a_whole_and_to_the_bound() -> None:
         assert length == pytest.approx(min(bound, norms[record]), rel=1e-5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-25, 1e-20, 1e-3, 1e20, 1e30, 1e37])
+@pytest.mark.parametrize("share", [1e-7, 0.5, 2.0])
+def test_a_record_is_cut_to_the_bound_whatever_its_numbers_are(size: float, share: float) -> None:
+    """Squares of numbers below 1e-23 or above 1e19 are no float32: 0, or infinite."""
+    generator = np.random.default_rng(5)
+    arrays = [(size * generator.normal(size=(4, 30, 20))).astype(np.float32) for _ in range(3)]
+    exact = [array.astype(np.float64) for array in arrays]  # what float32 left of them
+    norms = np.sqrt(sum((array**2).sum(axis=(1, 2)) for array in exact))
+    bound = share * float(norms.max())
+    scale = np.minimum(1, bound / norms)
+    sums, found = clipped_sum([torch.from_numpy(array) for array in arrays], bound)
+    np.testing.assert_allclose(found, norms, rtol=1e-12)
+    for part, array in zip(sums, exact, strict=True):
+        expected = (array * scale[:, None, None]).sum(axis=0)
+        np.testing.assert_allclose(part, expected, rtol=1e-9, atol=1e-12 * bound)
+    alone, _ = clipped_sum([torch.from_numpy(array[:1].copy()) for array in arrays], bound)
+    length = math.sqrt(sum(float((part**2).sum()) for part in alone))
+    assert length <= bound * (1 + 1e-9)
+    assert length == pytest.approx(min(bound, norms[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_counts_as_zero(value: float) -> None:
     gradients = [torch.ones(3, 2, 2), torch.ones(3, 4, 1)]
     gradients[1][1, 2, 0] = value
@@ -218,6 +239,31 @@ def test_a_step_that_draws_no_record_is_noise_only(
     assert all(step.loss > 1 for step in result.steps if step.num_tokens)
     assert result.event == PrivacyEvent(noise_multiplier=1.0, sampling_rate=1 / 24, steps=12)
     assert all(weight.isfinite().all() for weight in trained(model).values())
+
+
+def test_a_record_without_a_token_to_learn_is_drawn_and_moves_nothing(
+    tiny_model: Path, examples: list[Example]
+) -> None:
+    """The same step with and without such records, when every record is drawn."""
+    results = []
+    for more in (0, 8):
+        model = adapted(tiny_model)
+        rows = [*examples[:8], *[Example((), 0, is_cut=True)] * more]
+        whole = settings(num_steps=1, batch_size=8 + more, noise_multiplier=1e-13)
+        result = train_privately(model, rows, whole, pad_id=0, key=KEY)
+        assert result.event == PrivacyEvent(1e-13, 1.0, 1)
+        results.append(result.steps[0])
+    assert results[0].num_tokens == results[1].num_tokens
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    # Divided by the number of all records, the mean is half as long.
+    assert results[1].grad_norm == pytest.approx(results[0].grad_norm / 2, rel=1e-4)
+
+
+def test_a_data_set_without_a_token_to_learn_gives_noise_only(tiny_model: Path) -> None:
+    rows = [Example((), 0, is_cut=True)] * 8
+    result = train_privately(adapted(tiny_model), rows, settings(), pad_id=0, key=KEY)
+    assert result.event == PrivacyEvent(1.0, 0.5, 4)
+    assert all(step.num_tokens == 0 and step.grad_norm > 1 for step in result.steps)
 
 
 def test_without_noise_and_bound_a_full_batch_is_plain_training(
@@ -310,8 +356,9 @@ def test_training_that_is_not_private_spends_nothing_and_draws_as_ever(
 
 
 def test_a_batch_larger_than_the_data_set_is_refused() -> None:
-    with pytest.raises(SettingsError, match="is 24 and the data set holds 23 records"):
+    with pytest.raises(SettingsError, match="is 24, more than the data set holds") as caught:
         privacy_event(settings(batch_size=8, accumulation=3), 23)
+    assert "23" not in str(caught.value)
     event = privacy_event(settings(batch_size=8, accumulation=3), 24)
     assert event == PrivacyEvent(noise_multiplier=1.0, sampling_rate=1.0, steps=4)
 
@@ -319,6 +366,11 @@ def test_a_batch_larger_than_the_data_set_is_refused() -> None:
 def test_checkpoints_of_a_private_run_are_refused() -> None:
     with pytest.raises(SettingsError, match="what a checkpoint holds would tell its noise"):
         load_settings(TrainingSettings, {"noise_multiplier": 1, "checkpoint_every": 2}, "training")
+
+
+def test_a_bound_below_the_smallest_is_refused() -> None:
+    with pytest.raises(SettingsError, match="record_clip_norm"):
+        load_settings(TrainingSettings, {"record_clip_norm": 0.99 * LEAST_CLIP_NORM}, "training")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e300])

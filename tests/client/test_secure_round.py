@@ -258,6 +258,23 @@ def test_a_masked_vector_that_a_kill_kept_from_the_ledger_is_charged_before_it_l
         assert [(row.stage, row.steps) for row in rows_of(sites, "a")] == [("secure", 2)]
 
 
+def test_a_private_round_that_fails_is_charged_once_and_ends_this_sites_part_in_the_sum(
+    tiny_model: Path, tmp_path: Path, asks: Asks
+) -> None:
+    wild = {"learning_rate": 1e18, "weight_decay": 1e18, "num_steps": 3}
+    limits = PRIVATE_LIMITS | {"training__max_learning_rate": 1e18}
+    with SecureSites(tiny_model, tmp_path / "sites", **limits) as sites:
+        for attempt in (1, 2):
+            request = asks(training=PRIVATE | wild, attempt=attempt)
+            secure = sum_of(request)
+            replies = run_stage(sites, request, secure)
+            assert errors(replies) == {
+                "error 1001: the site failed in this private round; its own log says why"
+            }
+            assert [(row.stage, row.steps) for row in rows_of(sites, "a")] == [("failed", 3)]
+        assert sites.institutions["a"].count("private_round_failed") == 1
+
+
 def errors(replies: dict[str, Reply]) -> set[str]:
     return {reply.error or "" for reply in replies.values()}
 

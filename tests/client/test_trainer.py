@@ -75,6 +75,9 @@ class Bench:
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.trainer = Trainer(self.site, self, lambda e, **v: self.said.append((e, v)))
 
+    def admit(self, *_: object) -> None:
+        pass
+
     def allow(self, question: Question) -> None:
         self.asked.append(question)
         if question.settings.num_steps > 8:

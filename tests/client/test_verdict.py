@@ -79,6 +79,11 @@ HOSTILE: list[tuple[str, str, dict[str, Any] | bytes]] = [
     ("training.max_batch", "accumulation", changed(REQUEST, training__accumulation=3)),
     ("training.max_batch", "a huge batch", changed(REQUEST, training__batch_size=2**62)),
     ("training.max_tokens", "longer records", changed(REQUEST, training__max_tokens=257)),
+    (
+        "training.max_learning_rate",
+        "a larger learning rate",
+        changed(REQUEST, training__learning_rate=5.001e-4),
+    ),
     ("training.max_rounds", "a round more", changed(REQUEST, server_round=5)),
     ("traffic.uplink", "more bits", changed(REQUEST, uplink="float32")),
     ("traffic.max_round_bytes", "a byte more", changed(REQUEST, adapter__num_bytes=1001)),

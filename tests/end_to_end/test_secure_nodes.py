@@ -69,6 +69,7 @@ max_alpha = 64
 max_steps = 8
 max_batch = 8
 max_tokens = 64
+max_learning_rate = 0.01
 max_rounds = 9
 [traffic]
 uplink = ["float32"]
