@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app.message import Message, make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -56,7 +55,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.superlink import FleetError, Superlink
-from federation.grid_sites import bytes_of
+from federation.grid_sites import bytes_of, record_of
 
 OBJECT_BACKOFF_S = (0.03, 0.1)
 """First and longest wait for an object that is announced but not uploaded; flwr has 1 and 10 s."""
@@ -200,8 +199,13 @@ class FlowerClient:
             raise FleetError(
                 f"a message's content cannot be had ({type(error).__name__})"
             ) from None
-        configs = {name: dict(record) for name, record in content.config_records.items()}
-        return Content(configs, dict(_byte_arrays(content)))
+        arrays = dict(_byte_arrays(content))
+        configs = {
+            name: dict(record)
+            for name, record in content.config_records.items()
+            if name not in arrays
+        }
+        return Content(configs, arrays)
 
     def begin_push(self, node_id: int, reply: Outgoing, seconds: float) -> tuple[set[str], str]:
         """Announce a reply; return the ids of the objects that are missing, and a session for them.
@@ -261,10 +265,7 @@ def content_of(
     """Return a reply's content."""
     return RecordDict(
         {
-            **{
-                name: ArrayRecord({name: Array(np.frombuffer(content, dtype=np.uint8))})
-                for name, content in arrays.items()
-            },
+            **{name: record_of(content) for name, content in arrays.items()},
             **{name: MetricRecord(dict(values)) for name, values in metrics.items()},
             **{name: ConfigRecord(dict(values)) for name, values in configs.items()},
         }
@@ -313,7 +314,7 @@ def _heartbeat(node_id: int, interval_s: float) -> SendNodeHeartbeatRequest:
 
 
 def _byte_arrays(content: RecordDict) -> Iterator[tuple[str, memoryview]]:
-    for name, record in content.array_records.items():
+    for name, record in [*content.array_records.items(), *content.config_records.items()]:
         if len(record) == 1:
             with contextlib.suppress(ValueError):
                 yield name, bytes_of(next(iter(record.values())))
