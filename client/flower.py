@@ -55,7 +55,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.superlink import FleetError, Superlink
-from federation.grid_sites import bytes_of, record_of
+from federation.grid_sites import bytes_of, num_at_a_time, record_of
 
 OBJECT_BACKOFF_S = (0.03, 0.1)
 """First and longest wait for an object that is announced but not uploaded; flwr has 1 and 10 s."""
@@ -185,9 +185,11 @@ class FlowerClient:
         )
         first, longest = OBJECT_BACKOFF_S
         try:
+            ids = [part.object_id for part in iterate_object_tree(pulled.root)]
             objects = pull_objects(
-                [part.object_id for part in iterate_object_tree(pulled.root)],
+                ids,
                 pull,
+                max_concurrent_pulls=num_at_a_time(len(ids)),
                 initial_backoff=first,
                 backoff_cap=longest,
                 max_time=max_s,
@@ -240,9 +242,11 @@ class FlowerClient:
                     stored.add(object_id)
                     return
 
-        wanted = (name for name in reply.objects if name in missing)
+        wanted = [name for name in reply.objects if name in missing]
         push_object_contents_from_iterable(
-            ((name, reply.objects[name].deflate()) for name in wanted), push
+            ((name, reply.objects[name].deflate()) for name in wanted),
+            push,
+            max_concurrent_pushes=num_at_a_time(len(wanted)),
         )
         return stored
 

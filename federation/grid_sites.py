@@ -176,6 +176,15 @@ def pause_s(waited_s: float, look_s: float) -> float:
     return max(0.05, min(0.03 * waited_s, 1.0), min(4 * look_s, 5.0))
 
 
+def num_at_a_time(num_objects: int) -> int:
+    """Return how many objects to push or pull at the same time.
+
+    Pieces of 5 MB go two at a time, as flwr has it. For few and small ones the requests only meet
+    in the SuperLink's database and wait for each other: 38 ms each instead of 11 (2 cores, loaded).
+    """
+    return 1 if num_objects <= 12 else 2
+
+
 def record_of(content: bytes | Path) -> ArrayRecord | ConfigRecord:
     """Return the record `ADAPTER`, which holds bytes; `bytes_of` its value gives them back.
 
