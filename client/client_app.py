@@ -19,8 +19,6 @@ import traceback
 from pathlib import Path
 
 from flwr.app import (
-    Array,
-    ArrayRecord,
     ConfigRecord,
     Context,
     Error,
@@ -36,7 +34,16 @@ from client.settings import TrainingSettings
 from client.site import Site, find_site
 from client.trainer_link import LinkError, ask_again, request_head
 from federation.errors import FedgeError
-from federation.grid_sites import ADAPTER, RESULT, ROUND, SIMULATION, SITE, TRAINING, bytes_of
+from federation.grid_sites import (
+    ADAPTER,
+    RESULT,
+    ROUND,
+    SIMULATION,
+    SITE,
+    TRAINING,
+    bytes_of,
+    record_of,
+)
 
 app = ClientApp()
 
@@ -86,7 +93,7 @@ def _train(message: Message, site: Site) -> Message:
     request = read_request(message.content[ROUND])
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "adapter"
-        path.write_bytes(message.content[ADAPTER][ADAPTER].numpy().tobytes())
+        path.write_bytes(bytes_of(message.content[ADAPTER][ADAPTER]))
         answer = answer_round(path, site, settings, request, scratch=Path(scratch))
     measured = {
         "num-examples": answer.num_examples,
@@ -98,8 +105,9 @@ def _train(message: Message, site: Site) -> Message:
 
 
 def _reply(message: Message, update: bytes, metrics: dict[str, float], name: str) -> Message:
-    import numpy as np
-
-    arrays = ArrayRecord({ADAPTER: Array(np.frombuffer(update, dtype=np.uint8))})
-    records = {ADAPTER: arrays, RESULT: MetricRecord(metrics), SITE: ConfigRecord({"name": name})}
+    records = {
+        ADAPTER: record_of(update),
+        RESULT: MetricRecord(metrics),
+        SITE: ConfigRecord({"name": name}),
+    }
     return Message(RecordDict(records), reply_to=message)

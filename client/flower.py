@@ -18,9 +18,8 @@ from functools import partial
 from typing import Any
 
 import httpx
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.app.message import Message, make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -58,7 +57,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.superlink import FleetError, Superlink
 from federation.errors import FedgeError
-from federation.grid_sites import bytes_of
+from federation.grid_sites import bytes_of, num_at_a_time, record_of
 
 OBJECT_BACKOFF_S = (0.03, 0.1)
 """First and longest wait for an object that is announced but not uploaded; flwr has 1 and 10 s."""
@@ -195,9 +194,11 @@ class FlowerClient:
         pull = _up_to(max_bytes, pull_one)
         first, longest = OBJECT_BACKOFF_S
         try:
+            ids = [part.object_id for part in iterate_object_tree(pulled.root)]
             objects = pull_objects(
-                [part.object_id for part in iterate_object_tree(pulled.root)],
+                ids,
                 pull,
+                max_concurrent_pulls=num_at_a_time(len(ids)),
                 initial_backoff=first,
                 backoff_cap=longest,
                 max_time=max_s,
@@ -205,8 +206,13 @@ class FlowerClient:
             )
             whole = inflate_object_from_contents(pulled.root.object_id, objects)
             content = whole.content if whole.has_content() else RecordDict()
-            configs = {name: dict(record) for name, record in content.config_records.items()}
-            return Content(configs, dict(_byte_arrays(content)))
+            arrays = dict(_byte_arrays(content))
+            configs = {
+                name: dict(record)
+                for name, record in content.config_records.items()
+                if name not in arrays
+            }
+            return Content(configs, arrays)
         except FedgeError:
             raise
         except Exception as error:  # a message is made by others: it may raise whatever there is
@@ -248,9 +254,11 @@ class FlowerClient:
                     stored.add(object_id)
                     return
 
-        wanted = (name for name in reply.objects if name in missing)
+        wanted = [name for name in reply.objects if name in missing]
         push_object_contents_from_iterable(
-            ((name, reply.objects[name].deflate()) for name in wanted), push
+            ((name, reply.objects[name].deflate()) for name in wanted),
+            push,
+            max_concurrent_pushes=num_at_a_time(len(wanted)),
         )
         return stored
 
@@ -273,10 +281,7 @@ def content_of(
     """Return a reply's content."""
     return RecordDict(
         {
-            **{
-                name: ArrayRecord({name: Array(np.frombuffer(content, dtype=np.uint8))})
-                for name, content in arrays.items()
-            },
+            **{name: record_of(content) for name, content in arrays.items()},
             **{name: MetricRecord(dict(values)) for name, values in metrics.items()},
             **{name: ConfigRecord(dict(values)) for name, values in configs.items()},
         }
@@ -336,7 +341,7 @@ def _heartbeat(node_id: int, interval_s: float) -> SendNodeHeartbeatRequest:
 
 
 def _byte_arrays(content: RecordDict) -> Iterator[tuple[str, memoryview]]:
-    for name, record in content.array_records.items():
+    for name, record in [*content.array_records.items(), *content.config_records.items()]:
         if len(record) == 1:
             with contextlib.suppress(ValueError):
                 yield name, bytes_of(next(iter(record.values())))

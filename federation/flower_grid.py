@@ -46,6 +46,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from federation.grid_sites import num_at_a_time
+
 RETRY_S = (0.03, 2.0)
 """First and longest wait before a reply that was not whole is tried again; flwr has 1 and 10 s."""
 PUSHES = 5
@@ -268,7 +270,12 @@ class HttpPost:
             return content
 
         try:
-            contents = pull_objects(list(announced.object_ids), pull, max_tries_per_object=1)
+            contents = pull_objects(
+                list(announced.object_ids),
+                pull,
+                max_concurrent_pulls=num_at_a_time(len(announced.object_ids)),
+                max_tries_per_object=1,
+            )
         except ObjectPullError:
             if not gone:
                 return None
@@ -299,7 +306,9 @@ class HttpPost:
 
         wanted = [(name, b"") for name in objects if name in missing]
         try:
-            push_object_contents_from_iterable(wanted, push)
+            push_object_contents_from_iterable(
+                wanted, push, max_concurrent_pushes=num_at_a_time(len(wanted))
+            )
         except ObjectPushError:
             return False
         return True

@@ -24,6 +24,8 @@ from federation.wire import REFERENCE_MISSING
 ADAPTER, TRAINING, ROUND, RESULT, SITE = "adapter", "training", "round", "result", "site"
 SIMULATION = "simulation"
 """Names of the records in a message; client.client_app uses the same."""
+SMALL_BYTES = 1 << 16
+"""Up to this size a message travels in one object."""
 _NOT_TAKEN = (
     "the SuperLink did not take the message to it: the site was unregistered meanwhile, or the run "
     "was stopped"
@@ -77,7 +79,7 @@ class GridSites:
             RoundError: The SuperLink does not say which of the messages it took.
         """
         records = {
-            ADAPTER: ArrayRecord({ADAPTER: _byte_array(request.message)}),
+            ADAPTER: record_of(request.message),
             TRAINING: ConfigRecord(_scalars(request.training)),
             ROUND: ConfigRecord(round_values(request)),
         }
@@ -163,28 +165,52 @@ def pause_s(waited_s: float, look_s: float) -> float:
     return max(0.05, min(0.03 * waited_s, 1.0), min(4 * look_s, 5.0))
 
 
-def _byte_array(path: Path) -> Array:
-    """Return a file as an array of bytes, with one copy of it in memory."""
+def num_at_a_time(num_objects: int) -> int:
+    """Return how many objects to push or pull at the same time.
+
+    Pieces of 5 MB go two at a time, as flwr has it. For few and small ones the requests only meet
+    in the SuperLink's database and wait for each other: 38 ms each instead of 11 (2 cores, loaded).
+    """
+    return 1 if num_objects <= 12 else 2
+
+
+def record_of(content: bytes | Path) -> ArrayRecord | ConfigRecord:
+    """Return the record `ADAPTER`, which holds bytes; `bytes_of` its value gives them back.
+
+    An array is three objects on a SuperLink, each with a request of its own at both ends, and a
+    config's value is one: what is small travels as that. Of a file one copy is in memory.
+    """
+    size = content.stat().st_size if isinstance(content, Path) else len(content)
+    if size <= SMALL_BYTES:
+        value = content.read_bytes() if isinstance(content, Path) else bytes(content)
+        return ConfigRecord({ADAPTER: value})
     import numpy as np
 
-    size = path.stat().st_size
     head = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (size,)}
     np.lib.format.write_array_header_1_0(head, shape)
-    with path.open("rb") as file:
-        shutil.copyfileobj(file, head, 1 << 20)  # it grows in place, and getvalue does not copy
-    return Array(dtype="uint8", shape=(size,), stype="numpy.ndarray", data=head.getvalue())
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            shutil.copyfileobj(file, head, 1 << 20)  # it grows in place, and getvalue does not copy
+    else:
+        head.write(content)
+    array = Array(dtype="uint8", shape=(size,), stype="numpy.ndarray", data=head.getvalue())
+    return ArrayRecord({ADAPTER: array})
 
 
-def bytes_of(array: Array) -> memoryview:
-    """Return the content of an array of bytes without a copy.
+def bytes_of(value: object) -> memoryview:
+    """Return the content of bytes or of an array of bytes without a copy.
 
     Raises:
-        ValueError: It is no numpy array of bytes.
+        ValueError: It is neither.
     """
     import numpy as np
 
-    head = io.BytesIO(array.data)
+    if isinstance(value, bytes):
+        return memoryview(value)
+    if not isinstance(value, Array):
+        raise ValueError(type(value).__name__)  # noqa: TRY004 - as for an array of other content
+    head = io.BytesIO(value.data)
     version = np.lib.format.read_magic(head)
     if version != (1, 0):
         raise ValueError(f"numpy format {version}")
@@ -192,7 +218,7 @@ def bytes_of(array: Array) -> memoryview:
         shape, _, dtype = np.lib.format.read_array_header_1_0(head)
     except Exception as error:  # it parses Python literals: tokenize.TokenError and more
         raise ValueError(f"numpy header ({type(error).__name__})") from None
-    content = memoryview(array.data)[head.tell() :]
+    content = memoryview(value.data)[head.tell() :]
     if dtype != np.uint8 or len(shape) != 1 or shape[0] != len(content):
         raise ValueError(f"{dtype} of shape {shape}")
     return content

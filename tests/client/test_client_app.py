@@ -15,6 +15,7 @@ from client.reasons import SITE_ERROR
 from client.round import resident_model
 from federation.adapter import Adapter, initial_adapter
 from federation.base_model import model_digest
+from federation.grid_sites import bytes_of
 from federation.wire import REFERENCE_MISSING, Update, content_digest, encode, open_update
 from tests.conftest import write_records
 
@@ -66,8 +67,7 @@ class Server:
 
 def update_of(reply: Message) -> bytes:
     assert reply.has_content(), reply.error.reason
-    sent: bytes = reply.content["adapter"]["adapter"].numpy().tobytes()
-    return sent
+    return bytes(bytes_of(reply.content["adapter"]["adapter"]))
 
 
 def failure_of(reply: Message) -> tuple[int, str]:

@@ -275,18 +275,18 @@ def test_a_reply_cut_off_at_any_request_is_completed_by_the_next_life(
 
     first._superlink.call = counted  # type: ignore[method-assign]
     with contextlib.suppress(Stopped):
-        answer(first, asked, bytes([point]) * 1000)
+        answer(first, asked, bytes([point]) * 100_000)
     crash(first)
     taken = superlink.take_reply(message_id) if is_taken_early else None
     with node_of(superlink) as second:
         again = second.receive()
         if again is not None:
-            answer(second, again, bytes([point]) * 1000)
+            answer(second, again, bytes([point]) * 100_000)
         else:
             assert requests < point, "only a reply that was sent whole is forgotten"
     taken = taken or superlink.take_reply(message_id)
     reply = superlink.whole_reply(taken)
-    assert reply.content["adapter"]["adapter"].numpy().tobytes() == bytes([point]) * 1000
+    assert reply.content["adapter"]["adapter"].numpy().tobytes() == bytes([point]) * 100_000
 
 
 @pytest.mark.slow

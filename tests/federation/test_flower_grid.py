@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from client.superlink import FleetError
 from federation import flower_grid
 from federation.flower_grid import TOO_LONG, HttpPost, PublicPost, PushError, open_post
+from federation.grid_sites import SMALL_BYTES, bytes_of, record_of
 from tests.private_names import TESTED, fields, parameters, unlisted
 from tests.simulated import LocalGrid
 
@@ -85,6 +86,18 @@ def test_every_private_name_of_the_server_is_in_the_list() -> None:
 
 def test_a_grid_that_is_no_connection_to_a_superlink_is_asked_by_its_public_functions() -> None:
     assert isinstance(open_post(LocalGrid([], {})), PublicPost)
+
+
+@pytest.mark.parametrize("size", [0, 5, SMALL_BYTES, SMALL_BYTES + 1])
+def test_bytes_travel_in_one_object_or_in_an_array_and_come_back(size: int, tmp_path: Path) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    (tmp_path / "message").write_bytes(content)
+    for record in (record_of(content), record_of(tmp_path / "message")):
+        assert isinstance(record, ConfigRecord) == (size <= SMALL_BYTES)
+        assert bytes(bytes_of(record["adapter"])) == content
+    for strange in (3, "text", Array(np.zeros(4, np.float32))):
+        with pytest.raises(ValueError, match=r"int|str|float32"):
+            bytes_of(strange)
 
 
 # Against a real SuperLink
