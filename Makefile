@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The modules of benchmarks/ that are measurements; the others are what these share.
-BENCHMARKS := aggregation rounds deployment distillation_loss plan_constants secure_sum
+BENCHMARKS := aggregation rounds deployment resident_rounds distillation_loss plan_constants secure_sum
 
 .PHONY: demo deployment test test-slow check bench nginx clean
 

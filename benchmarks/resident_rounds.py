@@ -55,8 +55,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="the first is not counted")
     parser.add_argument("--sites", type=int, default=2)
     parser.add_argument("--payload", choices=GEOMETRIES, help="none = next to nothing")
-    parser.add_argument("--uplink", default="int8")
-    parser.add_argument("--downlink", default="int8")
+    parser.add_argument("--uplink", default="bfloat16")
+    parser.add_argument("--downlink", default="bfloat16")
     parser.add_argument("--peer", choices=PEERS, action="append", default=[])
     parser.add_argument("--no-stock", action="store_true", help="of the empty round")
     asked = parser.parse_args()
@@ -112,8 +112,10 @@ def measure_payload(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }
     for peer in asked.peer:
         arguments = ["--sites", asked.sites, "--rounds", asked.rounds, "--geometry", asked.payload]
-        arguments += ["--quantize", "float16"] if peer == "nvflare-float16" else []
-        there = child("benchmarks.peers.nvflare_rounds", *arguments, python=nvflare_python())
+        is_narrow = peer == "nvflare-float16"
+        arguments += ["--quantize", "float16"] if is_narrow else []
+        python = nvflare_python(with_quantizer=is_narrow)
+        there = child("benchmarks.peers.nvflare_rounds", *arguments, python=python)
         figures |= spread(peer.replace("-", "_"), there["round_s"][1:])
     means = [figures[f"{peer.replace('-', '_')}_s"] for peer in asked.peer]
     if means:

@@ -39,8 +39,8 @@ max_rank = 64
 max_alpha = 128
 [training]
 max_steps = 8
-max_batch = 8
-max_tokens = 64
+max_batch = 64
+max_tokens = 1024
 max_rounds = 1000
 [traffic]
 uplink = ["float32", "bfloat16", "int8", "int4"]
@@ -52,6 +52,9 @@ secure_sum_required = false
 min_cohort = 1
 [privacy]
 required = false
+max_record_clip_norm = 1.0
+epsilon = 1e9
+delta = 1e-9
 [metrics]
 allowed = ["num-examples", "train_loss", "seconds"]
 digits = 15
@@ -102,26 +105,38 @@ def resident_sites(
     made.services.end([f"daemon-{site.name}" for site in sites])
 
 
-def _write_site(made: Deployment, site: ResidentSite, base: Path) -> None:
-    from certificates import make_node_key
-
-    key = make_node_key(site.directory)
-    made.flwr("supernode", "register", str(key.with_suffix(".pub")))
+def write_settings(directory: Path, base: Path, **more: object) -> Path:
+    """Write site.toml and a policy that lets everything in; return the path of the former."""
     values = {
-        "superlink": f"127.0.0.1:{made.sites_port}",
-        "root_certificate": str(made.certificates / "ca.crt"),
+        "superlink": "127.0.0.1:1",
+        "root_certificate": "ca.crt",
         "node_key": "node",
         "base_model": str(base),
         "data": "data.jsonl",
         "policy": "policy.toml",
         "state": "state",
-        "name": site.name,
         "log": "site.log",
         "drain_s": 60.0,
+        **more,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    (site.directory / "site.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (site.directory / "policy.toml").write_text(POLICY, encoding="utf-8")
+    (directory / "site.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / "policy.toml").write_text(POLICY, encoding="utf-8")
+    return directory / "site.toml"
+
+
+def _write_site(made: Deployment, site: ResidentSite, base: Path) -> None:
+    from certificates import make_node_key
+
+    key = make_node_key(site.directory)
+    made.flwr("supernode", "register", str(key.with_suffix(".pub")))
+    write_settings(
+        site.directory,
+        base,
+        superlink=f"127.0.0.1:{made.sites_port}",
+        root_certificate=str(made.certificates / "ca.crt"),
+        name=site.name,
+    )
     records = [{"prompt": f"Number {n}?", "response": f"{site.name} {n}."} for n in range(8)]
     text = "\n".join(json.dumps(record) for record in records)
     (site.directory / "data.jsonl").write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`client`: one site alone. Check its data, train an adapter on it, evaluate one.
+"""`client`: one private site, alone and as a node of a federation.
 
 The federated way to the same training loop is `client.client_app`.
 """
@@ -11,16 +11,19 @@ import typer
 
 from client.ledger_cli import ledger_app
 from client.policy_cli import policy_app
+from client.setup_cli import doctor, init
 from federation.command import print_result, run_command
 
 app = typer.Typer(
-    help="One private site: check its data, train on it alone, evaluate.",
+    help="One private site: set it up, run it, check its data, train on it alone, evaluate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(policy_app, name="policy")
 app.add_typer(ledger_app, name="ledger")
+app.command("init")(init)
+app.command("doctor")(doctor)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Base = Annotated[Path, typer.Option("--base-model", help="Model directory (Hugging Face layout).")]
@@ -151,11 +154,8 @@ def identity(config: Config, as_json: Json = False) -> None:
     """
     from client.identity import new_identity, public_identity, read_identity
     from client.site_settings import load_site
-    from federation.settings import SettingsError
 
-    path = load_site(config).identity_key
-    if path is None:
-        raise SettingsError(f'{config.name} names no identity_key: add identity_key = "identity"')
+    path = load_site(config).identity
     key = read_identity(path) if path.exists() else new_identity(path)
     public = public_identity(key)
     print_result({"identity": public}, as_json, lambda: typer.echo(public))

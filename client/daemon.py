@@ -44,9 +44,6 @@ TRAINER_PATIENCE_S = 120.0
 """How long a trainer may end again and again: longer than a machine takes to free its memory."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
-LINGER_S = 20.0
-"""How long after an answer the next message is looked for as often as while there is work: the
-rounds of a run follow each other as soon as its slowest site has answered."""
 GOODBYE_S = 10.0
 """How long a child may take to end once there is nothing in hand."""
 
@@ -144,21 +141,29 @@ def _serve(life: _Life, trainer: Child | None) -> None:
         say=say,
     )
     with contextlib.suppress(Stopped), node:
-        wait, answered_at = settings.poll_s, float("-inf")
+        answered_at = float("-inf")
         while not life.stop.is_set():
             _keep_up(life, trainer)
             asked = node.receive()
             if asked is None:
-                life.stop.wait(wait)
-                if time.monotonic() - answered_at > LINGER_S:
-                    wait = min(1.5 * wait, max(settings.poll_s, settings.idle_poll_s))
+                since_answer_s = time.monotonic() - answered_at
+                life.stop.wait(pause_s(since_answer_s, settings.poll_s, settings.idle_poll_s))
                 continue
             try:
                 _answer(life, node, trainer, asked)
             except FleetError as error:
                 life.log.say("reply_lost", group=asked.group, reason=str(error))
                 node.give_up()
-            wait, answered_at = settings.poll_s, time.monotonic()
+            answered_at = time.monotonic()
+
+
+def pause_s(since_answer_s: float, shortest_s: float, longest_s: float) -> float:
+    """Return how long to wait after a look that found no message.
+
+    The rounds of a run follow each other as soon as its slowest site has answered: 5 % of the time
+    since the last answer is little beside that, and leaves the SuperLink alone while others train.
+    """
+    return min(max(shortest_s, 0.05 * since_answer_s), max(shortest_s, longest_s))
 
 
 def _keep_up(life: _Life, trainer: Child | None) -> None:

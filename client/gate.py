@@ -80,8 +80,8 @@ class SiteGate:
 
         policy = read_policy(settings.policy)
         data_set = fingerprint(site_records(settings.data), read_secret(settings.state))
-        key = settings.identity_key
-        identity = None if key is None else read_identity(key)
+        has_identity = settings.identity_key is not None or settings.identity.exists()
+        identity = read_identity(settings.identity) if has_identity else None
         ledger = Ledger.open(settings.state / LEDGER)
         return cls(policy, ledger, data_set, say=say, identity=identity)
 
@@ -153,7 +153,7 @@ class SiteGate:
 
         rules = self._policy.aggregation
         if self._identity is None:
-            raise Refused("identity_key", "this site has no identity for secure sums")
+            raise Refused("identity", "this site has no identity for secure sums")
         own = public_identity(self._identity)
         listed = frozenset() if ANY in rules.cohort else frozenset({own, *rules.cohort})
         return Membership(self._identity, rules.min_cohort, listed)

@@ -8,14 +8,19 @@ could play all members but one (federation.secure_sum).
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client.check import Check, first_problem, skipped
+from client.policy import ANY, Policy
 from federation.atomic import sync_directory
 from federation.settings import SettingsError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from client.site_files import Place
 
 
 def read_identity(path: Path) -> Ed25519PrivateKey:
@@ -33,7 +38,7 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(
-            f"identity_key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
+            f"identity key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
             "`client identity`"
         )
     return key
@@ -69,3 +74,46 @@ def new_identity(path: Path) -> Ed25519PrivateKey:
 def public_identity(key: Ed25519PrivateKey) -> str:
     """Return the public half as policies list it: 64 hex digits."""
     return key.public_key().public_bytes_raw().hex()
+
+
+def check_identity(place: Place, public: str, policy: Policy | str) -> Check:
+    """Say whether this site can take part in secure sums, and with whom.
+
+    Args:
+        place: Of its key.
+        public: The public half, or why there is none.
+        policy: Of the site, or why there is none.
+    """
+    name = "identity"
+    if isinstance(policy, str):
+        return skipped(name, "there is no policy")
+    rules = policy.aggregation
+    listed = "any site" if ANY in rules.cohort else f"{len(set(rules.cohort))} sites listed"
+    is_one = re.fullmatch("[0-9a-f]{64}", public) is not None
+    others = "list the identities of the other sites in policy.toml, [aggregation] cohort"
+    return first_problem(
+        name,
+        [
+            (place.is_there and not is_one, "fail", public, "restore the key from a backup"),
+            (
+                bool(place.is_there and place.mode & 0o077),
+                "fail",
+                f"mode {place.mode:04o}: others can read the key",
+                f"chmod go= {place.path}",
+            ),
+            (
+                not place.is_there and rules.secure_sum_required,
+                "warn",
+                "none, and the policy requires secure sums",
+                "client identity --config site.toml, as the user that runs the trainer",
+            ),
+            (place.is_there and not rules.cohort, "warn", "no other site is listed", others),
+            (
+                place.is_there and ANY in rules.cohort,
+                "warn",
+                "any site may be in a sum with this one, those that a coordinator plays too",
+                others,
+            ),
+        ],
+        f"{public[:16]}…, {listed}" if place.is_there else "none, and no secure sum is required",
+    )

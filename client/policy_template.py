@@ -3,6 +3,10 @@
 It loads as it is and allows nothing: somebody has to name a base model, and a run or a signer.
 """
 
+from collections.abc import Sequence
+
+from client.site_template import toml_string
+
 POLICY_TEMPLATE = """\
 # policy.toml: what this site allows. Read by this site's trainer only; nothing that comes from
 # outside can change it. What is not written here is not allowed: a list that is absent is empty, a
@@ -88,6 +92,17 @@ windows = []
 """
 
 
-def policy_template() -> str:
-    """Return the text of a new policy.toml."""
-    return POLICY_TEMPLATE
+def policy_template(*, base_models: Sequence[str] = (), signers: Sequence[str] = ()) -> str:
+    """Return the text of a new policy.toml.
+
+    Args:
+        base_models: Digests that it allows, in hex.
+        signers: Ed25519 public keys whose runs it allows, in hex.
+    """
+    return POLICY_TEMPLATE.replace("\nbase = []\n", f"\nbase = {_list(base_models)}\n").replace(
+        "\nsigners = []\n", f"\nsigners = {_list(signers)}\n"
+    )
+
+
+def _list(words: Sequence[str]) -> str:
+    return f"[{', '.join(map(toml_string, words))}]"

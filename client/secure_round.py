@@ -26,17 +26,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
-from client.answers import Answers
+from client.answers import Answers, Kept
 from client.reasons import Refused
 from client.request import parse_request
 from client.round import Answer, open_received, train_received
 from client.secure_sum_state import SecureSumSite
 from client.site_state import SiteStateError
 from client.trainer import Facts, Question, Reply, Said, Trainer, facts_of
+from client.trainer_link import LinkError
 from federation.adapter import Adapter
 from federation.atomic import write_atomically
 from federation.header import FACTORS, num_numbers
-from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
 from federation.settings import Settings
 from federation.wire import Update
 
@@ -84,7 +91,10 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         SecureSumError: The protocol does not allow it.
         SiteStateError: What the site kept is damaged.
     """
-    stage = Stage(parse_request(said.content).stage)
+    asked = parse_request(said.content)
+    if not asked.stage:
+        raise LinkError("the head says an empty stage: expected one of a secure sum, or none")
+    stage = Stage(asked.stage)
     run, server_round = said.request.run, said.request.server_round
     member = trainer.gate.membership()
     site = SecureSumSite(trainer.site.state / ROOT, run, member)
@@ -93,10 +103,16 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         question = _trained(trainer, said, message)
         path = _spooled(scratch, site.advertise(terms_of(question)))
     else:
-        question = _asked_again(trainer, said)
+        if message.stat().st_size > MAX_MESSAGE_BYTES:  # before it is in memory
+            raise SecureSumError(
+                f"stage {stage} has {message.stat().st_size} bytes: expected at most "
+                f"{MAX_MESSAGE_BYTES}"
+            )
+        question, kept = _asked_again(trainer, said)
         trainer.gate.allow(question)
         if stage == Stage.MASK:
-            path, metrics = _masked(trainer, site, question, message.read_bytes())
+            path = _masked(trainer, site, question, kept, message.read_bytes())
+            metrics = dict(kept.metrics)
         else:
             path = _spooled(scratch, site.answer(stage, message.read_bytes()))
     num_bytes = path.stat().st_size
@@ -168,8 +184,8 @@ def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
     return question
 
 
-def _asked_again(trainer: Trainer, said: Said) -> Question:
-    """Return the question of a later stage: that of the first."""
+def _asked_again(trainer: Trainer, said: Said) -> tuple[Question, Kept]:
+    """Return the question of a later stage, that of the first, and the answer that is on disk."""
     kept = _read(trainer.site.state, said)
     if kept is None or (question := said.about(kept.facts)).digest != kept.question:
         raise SecureSumError(
@@ -177,18 +193,21 @@ def _asked_again(trainer: Trainer, said: Said) -> Question:
             "other terms: begin with stage advertise"
         )
     _refuse_other_records(kept, question, trainer.gate.data_set)
-    return question
+    answers = Answers(trainer.site.state, said.request.run)
+    answer = answers.find(said.request.server_round, question.digest)
+    if answer is None:
+        raise SiteStateError(
+            f"what was trained for round {said.request.server_round} is gone: it cannot be summed"
+        )
+    return replace(question, is_repeated=True), answer
 
 
 def _masked(
-    trainer: Trainer, site: SecureSumSite, question: Question, request: bytes
-) -> tuple[Path, dict[str, float]]:
-    """Return the file of the masked change, which is in the ledger, and what leaves beside it."""
+    trainer: Trainer, site: SecureSumSite, question: Question, kept: Kept, request: bytes
+) -> Path:
+    """Return the file of the masked change, which is in the ledger."""
     run, server_round = question.request.run, question.request.server_round
     answers = Answers(trainer.site.state, run)
-    kept = answers.find(server_round, question.digest)
-    if kept is None:
-        raise SiteStateError(f"the answer to round {server_round} is gone: it cannot be masked")
     # How numbers are rounded is no secret, and the same in every attempt: so two attempts mask
     # the same integers.
     rng = np.random.default_rng(int(kept.sha256, 16))
@@ -197,7 +216,7 @@ def _masked(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
     trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
-    return path, dict(kept.metrics)
+    return path
 
 
 def _pieces(path: Path) -> Iterator[NDArray[np.float32]]:

@@ -6,8 +6,9 @@ an update.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -36,8 +37,8 @@ class SiteSettings(Settings):
     """Directory for what must survive a restart; no other site's and no other daemon's."""
     identity_key: Path | None = None
     """This site's Ed25519 private key (PEM, unencrypted) for secure sums, for life: the other sites
-    list its public half in their policies (`client identity`). None = it takes part in no secure
-    sum. Only the trainer reads it."""
+    list its public half in their policies. `client identity` makes it. None = in ``state``, and
+    without the file there the site takes part in no secure sum."""
     name: Annotated[str, Field(max_length=64)] = ""
     """What the site calls itself, for the coordinator's tables."""
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -60,9 +61,9 @@ class SiteSettings(Settings):
     health: Annotated[str, Field(pattern=r"^(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}$|^$")] = ""
     """HOST:PORT on loopback of GET /healthz; empty = none."""
     poll_s: Annotated[float, Field(gt=0, le=60)] = 0.1
-    """Seconds between two looks for a message while there is work."""
+    """Seconds between two looks for a message soon after an answer."""
     idle_poll_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """To what they grow while there is none."""
+    """To what they grow, by 5 % of the time since that answer."""
     drain_s: Annotated[float, Field(ge=0)] = 3600.0
     """How long SIGTERM lets the round in hand go on."""
     max_message_bytes: Annotated[int, Field(ge=1)] = 1 << 32
@@ -114,6 +115,11 @@ class SiteSettings(Settings):
         return self.node_state or self.state / "node"
 
     @property
+    def identity(self) -> Path:
+        """Where this site's key for secure sums is, or would be."""
+        return self.identity_key or self.state / "identity"
+
+    @property
     def site(self) -> Site:
         """What the training needs."""
         return Site(self.base_model, self.data, self.name, self.state, self.rank)
@@ -131,13 +137,26 @@ def load_site(path: Path) -> SiteSettings:
     Raises:
         SettingsError: The file is missing, or a key is unknown, missing or out of range.
     """
-    values = read_toml(path)
-    here = path.absolute().parent
+    return site_settings(read_toml(path), path.absolute().parent, path.name)
+
+
+def site_settings(values: Mapping[str, Any], directory: Path, source: str) -> SiteSettings:
+    """Return the settings of a site.toml's values, with absolute paths.
+
+    Args:
+        values: As they stand in the file.
+        directory: Of the file; absolute.
+        source: Its name, for the error message.
+
+    Raises:
+        SettingsError: A key is unknown, missing or out of range.
+    """
+    absolute = dict(values)
     for key in _PATHS:
-        value = values.get(key)
+        value = absolute.get(key)
         if isinstance(value, str) and not (key == "trainer" and value == "child"):
-            values[key] = str(here / Path(value).expanduser())
-    return load_settings(SiteSettings, values, path.name)
+            absolute[key] = str(directory / Path(value).expanduser())
+    return load_settings(SiteSettings, absolute, source)
 
 
-__all__ = ["SettingsError", "SiteSettings", "load_site"]
+__all__ = ["SettingsError", "SiteSettings", "load_site", "site_settings"]

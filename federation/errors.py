@@ -4,6 +4,7 @@
   - UserError                the user must change something (exit code 2)
     - SettingsError          federation.settings: a setting is unknown or out of range
     - ResumeError            federation.run_directory: a run that cannot be gone on with
+    - SecureMemoryError      federation.secure_memory: what a server kept of a secure sum is damaged
     - ModelError             federation.base_model: a model directory is missing or does not fit
     - DataError              client.records: a line of a data set
     - StudentError           distill.student: no legal student of that size

@@ -21,7 +21,13 @@ from federation.server_costs import (
     server_disk,
     server_memory,
 )
-from federation.settings import Dtype, FederationSettings, SettingsError, needed_updates
+from federation.settings import (
+    Dtype,
+    FederationSettings,
+    SecureSumSettings,
+    SettingsError,
+    needed_updates,
+)
 from federation.traffic import (
     Shapes,
     Traffic,
@@ -168,9 +174,7 @@ def make_plan(
         privacy=privacy(settings),
         notes=notes(settings),
         aggregations=[
-            _aggregation_cost(
-                settings.model_copy(update={"aggregation": kind}), shapes, trait, machine
-            )
+            _aggregation_cost(_with_kind(settings, kind, trait), shapes, trait, machine)
             for kind, trait in TRAITS.items()
         ],
         wires=_wire_costs(settings, shapes),
@@ -190,6 +194,13 @@ def notes(settings: FederationSettings) -> list[str]:
         found.append(
             f"a round asks {asked} of {settings.num_sites} sites, drawn anew: those that were not "
             f"in the round before get the whole adapter, so the bytes down are an average"
+        )
+    if settings.secure_sum.enabled:
+        found.append(
+            "up go masked vectors of a secure sum; its keys and shares, under 1 MB a site and "
+            "round, are left out, and the server holds the sum beside the memory shown: 4 bytes a "
+            "number that is trained (8 where secure_sum.bits and the sites need more than 32). The "
+            "table of formats is for plain updates"
         )
     data_metrics = [name for name in settings.asked_metrics if name in DATA_METRICS]
     if is_private(settings) and data_metrics:
@@ -214,10 +225,15 @@ def privacy(settings: FederationSettings) -> str:
     asked = settings.asked_metrics
     beside = f" and, beside it, {', '.join(asked)}" if asked else " and no number beside it"
     seen = f"The coordinator sees each site's update{beside}"
+    if settings.secure_sum.enabled:
+        seen = (
+            f"The coordinator sees the sum of at least {settings.secure_terms['threshold']} "
+            f"sites' updates, no update by itself{beside.replace('beside it', 'of each site')}"
+        )
     if not is_private(settings):
         return (
-            f"No differential privacy: training.noise_multiplier is 0. {seen}; an update can "
-            "reveal something of the site's text."
+            f"No differential privacy: training.noise_multiplier is 0. {seen}; what it sees can "
+            "reveal something of the sites' text."
         )
     noise = settings.training["noise_multiplier"]
     return (
@@ -250,6 +266,12 @@ def _num_liars(settings: FederationSettings, trait: Trait) -> int:
     return liars if trait.bears == "num_byzantine" and can_bear else 0
 
 
+def _with_kind(settings: FederationSettings, kind: str, trait: Trait) -> FederationSettings:
+    """Return settings with another aggregation; without a secure sum where there is no sum."""
+    secure_sum = settings.secure_sum if trait.is_sum else SecureSumSettings()
+    return settings.model_copy(update={"aggregation": kind, "secure_sum": secure_sum})
+
+
 def _aggregation_cost(
     settings: FederationSettings, shapes: Shapes, trait: Trait, machine: Machine | None
 ) -> AggregationCost:
@@ -270,7 +292,7 @@ def _wire_costs(settings: FederationSettings, shapes: Shapes) -> list[WireCost]:
     rows: list[WireCost] = []
     for dtype in get_args(Dtype):
         wire = settings.wire.model_copy(update={"downlink": dtype, "uplink": dtype})
-        each = settings.model_copy(update={"wire": wire})
+        each = settings.model_copy(update={"wire": wire, "secure_sum": SecureSumSettings()})
         run_bytes = _run_bytes(each, shapes)
         rows.append(
             WireCost(

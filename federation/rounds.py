@@ -28,7 +28,8 @@ from federation.aggregation import Aggregation, ModuleAverage, Rule, aggregate
 from federation.aggregation.alternating import orthonormalised, trained_factor
 from federation.aggregation.server_optimizers import server_step
 from federation.errors import FedgeError
-from federation.exchange import Exchange, Gathered, Outgoing, RoundError
+from federation.exchange import Exchange, RoundError
+from federation.gathering import Gathered, Outgoing
 from federation.header import LARGEST, holds_changes
 from federation.lineage import write_lineage
 from federation.metrics import mean_of

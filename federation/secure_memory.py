@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from federation.atomic import atomic_file, write_atomically
 from federation.errors import UserError
-from federation.exchange import Part
+from federation.gathering import Part
 from federation.masking import pack, unpack
 from federation.secure_messages import Opening
 from federation.secure_sum import SecureSum
@@ -105,9 +105,9 @@ class SecureMemory:
         if (terms.server_round, terms.subject) != (server_round, subject):
             return None
         raw = (self._directory / "opening.sum").read_bytes()
-        sum_N: Ring = unpack(raw, terms.ring_bits)
-        if len(sum_N) != terms.num_elements:
+        if len(raw) != terms.num_elements * terms.ring_bits // 8:
             raise self._damaged(self._directory / "opening.sum")
+        sum_N: Ring = unpack(raw, terms.ring_bits)
         return SecureSum.reopened(opening, sum_N), parts
 
     def _read(self, path: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from federation import events
-from federation.exchange import Gathered, Outgoing, Part, RoundError, draw, request_of
+from federation.exchange import RoundError
+from federation.gathering import Gathered, Outgoing, Part, draw, request_of
 from federation.header import WireError, num_numbers
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory
@@ -169,10 +170,9 @@ class SecureExchange:
                 f"round 1: {len(connected)} of {needed} sites are connected after "
                 f"{settings.round_timeout_s:g} s: start the others, or lower num_sites"
             )
-        count = min(self._cohort, settings.num_asked(len(connected)))
         seed = f"{settings.seed}/{server_round}/{number}"
-        asked = draw(sorted(set(connected) - self._silent), count, seed)
-        asked += draw(sorted(set(connected) & self._silent), count - len(asked), seed)
+        asked = draw(sorted(set(connected) - self._silent), self._cohort, seed)
+        asked += draw(sorted(set(connected) & self._silent), self._cohort - len(asked), seed)
         return sorted(asked)
 
     def _run_stage(self, attempt: _Attempt) -> None:

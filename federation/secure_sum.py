@@ -25,7 +25,9 @@ it opens nothing.
 
 **What the sum itself says.** It may say much about one site when the cohort is small, and the sums
 of two rounds more than one: hence the policy's least cohort, and record-level noise beside it. A
-round is opened once: a site that helped to open it refuses every other attempt of it.
+round is opened once: a site that helped to open it refuses every other attempt of it. *Two runs*
+with the same start train the same updates: the same sum with and without a site is its update. A
+policy bounds that by the runs that it names, and noise ends it.
 
 *The whole graph, not the sparse one of SecAgg+* (Bell et al., CCS 2020): with up to 64 sites each
 expands at most 63 masks at several GB/s, and a sparse graph buys that for a chance of failure.

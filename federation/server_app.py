@@ -10,7 +10,15 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from federation.errors import FedgeError
-from federation.events import Event, RoundFinished, RunResumed, SiteFailed, SiteLate
+from federation.events import (
+    Event,
+    RoundFinished,
+    RunResumed,
+    SiteFailed,
+    SiteLate,
+    SumLost,
+    SumOpened,
+)
 from federation.exchange import LIFETIME
 from federation.grid_sites import GridSites
 from federation.rounds import run_rounds
@@ -51,6 +59,13 @@ def _say(event: Event) -> None:
                 f"round {event.server_round}: site {event.site} came late with round "
                 f"{event.trained_round}: {'folded in' if event.kept else 'dropped'}"
             )
+        case SumOpened():
+            line = (
+                f"round {event.server_round}: secure sum of {len(event.sites)} sites opened "
+                f"(attempt {event.attempt})"
+            )
+        case SumLost():
+            line = f"round {event.server_round}: the adapter stays as it was: {event.reason}"
         case SiteFailed():
             line = f"round {event.server_round}: site {event.site} failed: {event.reason}"
         case _:

@@ -91,7 +91,8 @@ def summarise(
           the one under way, or None;
         - ``site_rows``: a row a site, ``rounds_behind`` counting finished rounds since the last
           one that it is known to have trained;
-        - ``failures``: every SiteFailed; ``bytes_down`` and ``bytes_up``: of the whole run;
+        - ``failures``: every SiteFailed, and SumLost with no site; ``bytes_down`` and
+          ``bytes_up``: of the whole run;
         - ``last_event`` (ISO 8601) and ``idle_s``, the seconds since; None for an empty log.
 
     Raises:
@@ -153,6 +154,8 @@ def _take_of_the_run(run: _Run, event: events.Event) -> None:
             summary |= asdict(event)
         case events.RunResumed():
             _take_resumption(run, event.server_round)
+        case events.SumLost():
+            summary["failures"].append(asdict(event) | {"site": ""})
         case events.RoundFinished():
             row = _row(run, event.server_round) | asdict(event)
             kept = [r for r in summary["rounds"] if r["server_round"] < event.server_round]

@@ -7,7 +7,7 @@ around it (a few hundred bytes of records) is left out, and so is what TLS makes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from federation.header import holds_changes, message_bytes
+from federation.header import holds_changes, message_bytes, num_numbers
 from federation.settings import FederationSettings
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -58,11 +58,29 @@ def planned_message(
     return message_bytes(shapes, largest_rank(settings), dtype, factors, alpha=alpha)
 
 
+def planned_reply(settings: FederationSettings, shapes: Shapes, factors: str) -> int:
+    """Return the bytes of an update of this run, or of a masked vector where it is a secure sum.
+
+    Keys, shares and signatures of a secure sum are left out: under 1 MB a site and round.
+    """
+    if not settings.secure_sum.enabled:
+        return planned_message(settings, shapes, settings.wire.uplink, factors)
+    from federation.secure_messages import masked_bytes
+
+    terms = settings.secure_terms
+    return masked_bytes(
+        num_numbers(shapes, largest_rank(settings), factors),
+        cohort=terms["cohort"],
+        bits=terms["bits"],
+        max_examples=terms["max_examples"],
+    )
+
+
 def up_traffic(settings: FederationSettings, shapes: Shapes) -> Traffic:
     """Return the bytes from the sites to the server; an alternating round sends one factor."""
     asked, num_rounds = num_asked(settings), settings.num_rounds
     sent = ("B", "A") if settings.aggregation == "alternating" else ("AB", "AB")
-    odd, even = (planned_message(settings, shapes, settings.wire.uplink, each) for each in sent)
+    odd, even = (planned_reply(settings, shapes, each) for each in sent)
     num_even = num_rounds // 2
     return Traffic(
         site=PerRound(odd, odd, even),

@@ -65,7 +65,10 @@ class LocalSuperlink:
             timeout_graceful_shutdown=1,
         )
         self.server = uvicorn.Server(config)
-        self.socket = socket.create_server(("127.0.0.1", self.port))
+        # Said to be TCP, as asyncio's own sockets are: else every answer waits 40 ms for Nagle.
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", self.port))
         self.thread = threading.Thread(target=self.server.run, args=[[self.socket]], daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -13,10 +13,15 @@ import venv
 from pathlib import Path
 
 NVFLARE = "nvflare==2.9.*"
+QUANTIZER = "bitsandbytes==0.50.*"
+"""NVFlare's quantiser imports it, whatever the kind. It brings no dependency but torch: ours."""
 
 
-def nvflare_python() -> str:
+def nvflare_python(*, with_quantizer: bool = False) -> str:
     """Return the interpreter that imports NVFlare; the first call installs it.
+
+    Args:
+        with_quantizer: What NVFlare's filters that narrow tensors need is installed too.
 
     Raises:
         subprocess.CalledProcessError: pip could not install it; what pip said is on stderr.
@@ -32,9 +37,13 @@ def nvflare_python() -> str:
     # each time: the environment may be used from another checkout than the one that made it.
     packages = directory / "lib" / f"python{version}" / "site-packages"
     (packages / "torch_of_fedge.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if not installed.exists():
         # stdout is for the benchmark's line alone.
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, NVFLARE], check=True, stdout=sys.stderr)
         installed.touch()
+    quantizes = directory / ".quantizes"
+    if with_quantizer and not quantizes.exists():
+        subprocess.run([*pip, "--no-deps", QUANTIZER], check=True, stdout=sys.stderr)
+        quantizes.touch()
     return python

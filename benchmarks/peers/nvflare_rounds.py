@@ -25,7 +25,7 @@ _ROUND, _END = re.compile(_STAMP + r"Round \d+ started"), re.compile(_STAMP + "F
 _SERVER, _SITE = "simulator.simulator", "simulator_worker"
 
 
-def run_job(geometry: str, sites: int, rounds: int, offload: bool, workspace: str) -> None:
+def run_job(asked: argparse.Namespace) -> None:
     """Run the job in NVFlare's simulator, as its user would."""
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
     from nvflare.recipe import SimEnv
@@ -34,15 +34,31 @@ def run_job(geometry: str, sites: int, rounds: int, offload: bool, workspace: st
         name="payload",
         model={
             "class_path": "benchmarks.peers.nvflare_model.Payload",
-            "args": {"geometry": geometry},
+            "args": {"geometry": asked.geometry},
         },
-        min_clients=sites,
-        num_rounds=rounds,
+        min_clients=asked.sites,
+        num_rounds=asked.rounds,
         train_script=str(Path(__file__).with_name("nvflare_client.py")),
         server_expected_format="pytorch",
-        enable_tensor_disk_offload=offload,
+        enable_tensor_disk_offload=asked.offload,
     )
-    recipe.execute(SimEnv(num_clients=sites, num_threads=sites, workspace_root=workspace))
+    if asked.quantize:
+        _quantize(recipe, asked.quantize)
+    recipe.execute(
+        SimEnv(num_clients=asked.sites, num_threads=asked.sites, workspace_root=asked.workspace)
+    )
+
+
+def _quantize(recipe: Any, kind: str) -> None:
+    """Let NVFlare's own filters narrow what goes down and comes up."""
+    from nvflare.app_opt.pt.quantization.dequantizer import ModelDequantizer
+    from nvflare.app_opt.pt.quantization.quantizer import ModelQuantizer
+
+    narrow, widen = ModelQuantizer(quantization_type=kind), ModelDequantizer()
+    recipe.add_server_output_filter(narrow, tasks=["train"])
+    recipe.add_server_input_filter(widen, tasks=["train"])
+    recipe.add_client_output_filter(narrow, tasks=["train"])
+    recipe.add_client_input_filter(widen, tasks=["train"])
 
 
 def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
@@ -120,11 +136,12 @@ def main() -> None:
     parser.add_argument("--sites", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--quantize", choices=("float16",), help="what travels")
     parser.add_argument("--job", action="store_true")
     parser.add_argument("--workspace")
     asked = parser.parse_args()
     if asked.job:
-        run_job(asked.geometry, asked.sites, asked.rounds, asked.offload, asked.workspace)
+        run_job(asked)
         return
     print(json.dumps({"sites": asked.sites, **measure(sys.argv[1:], asked.rounds)}))
 

@@ -283,3 +283,12 @@ def test_a_round_that_this_site_does_not_know_is_refused_in_one_sentence(
     code, reason = failure_of(server.ask(1, server.whole(), **request_of_the_round))
     assert code == SITE_ERROR
     assert sentence in reason
+
+
+def test_a_site_without_a_trainer_takes_part_in_no_secure_sum(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    server = Server(tiny_model, tmp_path, {})
+    reply = server.ask(1, server.whole(), run="ab", stage="advertise", attempt=1)
+    assert reply.error.code == SITE_ERROR
+    assert "only a site's trainer answers: start `client daemon`" in reply.error.reason

@@ -15,6 +15,7 @@ import pytest
 from client import child as child_module
 from client.child import Child, ChildError
 from client.claim import claim
+from client.daemon import pause_s
 from client.health import Health, Status, health_endpoint, read_status
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
@@ -39,6 +40,17 @@ def write_site(directory: Path, **more: Any) -> Path:
     path = directory / "site.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@pytest.mark.parametrize(
+    ("since_answer_s", "expected_s"),
+    [(0.0, 0.1), (2.0, 0.1), (10.0, 0.5), (60.0, 1.0), (float("inf"), 1.0)],
+)
+def test_a_node_looks_often_after_an_answer_and_seldom_while_nothing_comes(
+    since_answer_s: float, expected_s: float
+) -> None:
+    assert pause_s(since_answer_s, 0.1, 1.0) == pytest.approx(expected_s)
+    assert pause_s(since_answer_s, 2.0, 1.0) == max(2.0, pause_s(since_answer_s, 0.1, 2.0))
 
 
 # Settings

@@ -1,5 +1,6 @@
 """A site's trainer in secure sums, behind a real policy and ledger."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,17 +11,26 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from client.identity import new_identity, public_identity, read_identity
+from client.identity import check_identity, new_identity, public_identity, read_identity
 from client.ledger import LEDGER, Row, read_ledger
+from client.policy import Policy
+from client.site_files import attempt, look
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.header import num_numbers
 from federation.masking import pack, quantize
-from federation.secure_messages import SecureSumError, Stage, Terms, subject_of
+from federation.secure_messages import (
+    MAX_MESSAGE_BYTES,
+    SecureSumError,
+    Stage,
+    Terms,
+    subject_of,
+)
 from federation.secure_sum import SecureSum
 from federation.settings import SettingsError
 from federation.sites import Reply, Request
 from federation.wire import encode, open_update
+from tests.client.test_cli import run as run_command
 from tests.conftest import write_records
 from tests.secure_sites import STAGES, SecureSites
 
@@ -276,7 +286,6 @@ def test_a_policy_refuses_the_first_stage_and_nothing_is_trained(
 def test_a_policy_that_became_stricter_ends_a_site_s_part_between_the_stages(
     sites: SecureSites, asks: Asks
 ) -> None:
-    from client.policy import Policy
     from tests.client.policy_example import changed
 
     secure = run_until(sites, asks(), Stage.MASK)
@@ -325,8 +334,7 @@ def test_a_plain_question_is_refused_where_a_secure_sum_is_required_or_was_answe
         sites.send(["a"], plain)
         assert "replay" in (sites.receive().error or "")
         sites.send(["a"], replace(asks(), stage="", attempt=0))
-        reply = sites.receive()
-        assert reply.update is None
+        assert "says an empty stage" in (sites.receive().error or "")
         assert len(rows_of(sites, "a")) == 1
 
 
@@ -402,6 +410,47 @@ def test_what_is_no_stage_of_a_secure_sum_is_answered_with_an_error(
     assert sites.receive().update is None
     with pytest.raises(SecureSumError):
         secure.take("a", b"")
+    huge = asks().message.with_name("huge")
+    huge.write_bytes(bytes(MAX_MESSAGE_BYTES + 1))
+    sites.send(["a"], replace(asks(), stage="share", message=huge))
+    assert f"expected at most {MAX_MESSAGE_BYTES}" in (sites.receive().error or "")
+
+
+def test_the_command_makes_an_identity_and_prints_the_same_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = dict.fromkeys(("root_certificate", "node_key", "base_model", "data"), "x")
+    values |= {"superlink": "localhost:1", "policy": "policy.toml", "state": "state"}
+    config = tmp_path / "site.toml"
+    config.write_text("".join(f'{name} = "{value}"\n' for name, value in values.items()))
+    assert run_command(monkeypatch, "identity", "--config", config) == 0
+    first = capsys.readouterr().out.strip()
+    assert first == public_identity(read_identity(tmp_path / "state" / "identity"))
+    assert run_command(monkeypatch, "identity", "--config", config, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"identity": first}
+
+
+def test_the_doctor_says_whether_a_site_can_be_in_a_secure_sum(tmp_path: Path) -> None:
+    def found(cohort: list[str], *, is_required: bool = True) -> tuple[str, str]:
+        policy = Policy.model_validate(
+            {"aggregation": {"cohort": cohort, "secure_sum_required": is_required}}
+        )
+        public = attempt(lambda: public_identity(read_identity(path)))
+        check = check_identity(look(path), public, policy)
+        assert check.fix or check.level in ("ok", "skip")
+        return check.level, check.found
+
+    path, other = tmp_path / "identity", "a" * 64
+    assert found([]) == ("warn", "none, and the policy requires secure sums")
+    assert found([], is_required=False)[0] == "ok"
+    public = public_identity(new_identity(path))
+    assert found([])[1] == "no other site is listed"
+    assert found(["any"])[0] == "warn"
+    assert found([other]) == ("ok", f"{public[:16]}…, 1 sites listed")
+    path.chmod(0o644)
+    assert found([other])[1].startswith("mode 0644")
+    path.write_text("no key")
+    assert found([other])[0] == "fail"
 
 
 def test_an_identity_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_neither_the_order_of_arrival_nor_a_repetition_changes_a_bit(
 def test_every_permutation_of_eight_replies_is_folded_in_the_same_order(tmp_path: Path) -> None:
     """All 40320 of them, through the exchange that decides the order of the fold."""
     from federation.events import EventLog
-    from federation.exchange import Exchange, Outgoing
+    from federation.exchange import Exchange
+    from federation.gathering import Outgoing
     from federation.wire import open_update, write_message
 
     one = Adapter(1, 1.0, {"layer.q_proj": LowRank(torch.zeros(2, 1), torch.ones(1, 2))})

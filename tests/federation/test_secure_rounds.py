@@ -1,6 +1,7 @@
 """Rounds that are secure sums, through real trainers, policies and ledgers of four tiny sites."""
 
 import json
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client.identity import public_identity
 from client.ledger import LEDGER, read_ledger
+from client.policy import Policy
+from client.policy_template import policy_template
 from federation.adapter import Adapter, read_adapter
-from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened
+from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened, UpdateReceived
 from federation.exchange import RoundError
+from federation.plan import make_plan
 from federation.rounds import run_rounds
 from federation.run_directory import RunDirectory
 from federation.secure_messages import Stage
@@ -269,7 +274,7 @@ def test_a_liar_among_the_holders_of_shares_cannot_open_anything(
 
 
 def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
-    settings: Make, sites: SecureSites
+    settings: Make, sites: SecureSites, tiny_model: Path
 ) -> None:
     run(sites, settings(training=SHORT, num_rounds=2, metrics="train_loss"))
     out = Path(settings().out)
@@ -292,10 +297,38 @@ def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
     for each in sites.institutions.values():
         rows = read_ledger(each.site.state / LEDGER).rows
         assert [(row.server_round, row.stage) for row in rows] == [(1, "secure"), (2, "secure")]
+    config = json.loads((tiny_model / "config.json").read_text())
+    planned = make_plan(settings(num_rounds=2), config).up.site
+    seen = {(e.server_round, e.num_bytes) for e in events(settings(), UpdateReceived)}
+    assert seen == {(1, planned.first), (2, planned.even)}
     losses = [event.train_loss for event in events(settings(), RoundFinished)]
     assert all(loss is not None for loss in losses)
     summary = summarise(out / "events.jsonl")
     assert (summary["state"], summary["rounds"][1]["num_updates"]) == ("finished", 4)
+
+
+def test_the_policy_of_a_new_site_lets_a_private_secure_run_in_once_it_names_who(
+    settings: Make, sites: SecureSites
+) -> None:
+    """Differential privacy and a secure sum, both required: what `client init` writes."""
+    cohort = [public_identity(each.identity) for each in sites.institutions.values()]
+    text = (
+        policy_template()
+        .replace("base = []", 'base = ["any"]')
+        .replace("allowed = []", 'allowed = ["any"]')
+        .replace("cohort = []", f"cohort = {json.dumps(cohort)}")
+    )
+    for each in sites.institutions.values():
+        each.policy = load_settings(Policy, tomllib.loads(text), "the template")
+    private = SHORT | {"noise_multiplier": 4.0, "record_clip_norm": 0.5}
+    made = settings(training=private, num_rounds=2, metrics="")
+    run(sites, made)
+    assert [event.sites for event in events(made, SumOpened)] == [list("abcd")] * 2
+    for each in sites.institutions.values():
+        first, second = read_ledger(each.site.state / LEDGER).rows
+        assert (first.stage, first.noise_multiplier, first.steps) == ("secure", 4.0, 1)
+        assert 0 < first.epsilon < second.epsilon
+        assert first.metrics == second.metrics == {}
 
 
 def test_sums_of_both_factors_are_the_usual_average(
