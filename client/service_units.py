@@ -115,7 +115,8 @@ Restart=on-failure
 RestartSec=10
 RestartPreventExitStatus=2
 TimeoutStopSec=@drain@
-# The daemon ends a flower-supernode of its own: one that is told twice does not sign off.
+# The daemon alone is told to end, and ends the others: a SuperNode that is told twice does not sign
+# off. What is left then, an app of a run among it, is killed.
 KillMode=mixed
 
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6

@@ -71,11 +71,11 @@ name = @name@
 # rank = 8
 
 # "resident": the daemon is the Flower node and runs no code of a run. "supernode": a stock
-# flower-supernode is, which runs the app that a run brings; give that one a user of its own.
+# flower-supernode is, which runs the app that a run brings: that needs a trainer that is started
+# apart, as another user, and records, state and policy out of the daemon's reach.
 node = "resident"
-# With "supernode" only: let the app of a run be of the trainer's own user, so that it can read the
-# records, send them anywhere, and change policy and ledger. Never for real data.
-allow_same_user = false
+# Whether that app may be the trainer's user after all, and so read the records.
+# allow_same_user = false
 
 # "child": the daemon starts the trainer and ends it. Else the socket of a trainer that is started
 # apart (`client trainer --config site.toml`), as another user that alone can read the data.
