@@ -74,7 +74,7 @@ name = @name@
 # flower-supernode is, which runs the app that a run brings: that needs a trainer that is started
 # apart, as another user, and records, state and policy out of the daemon's reach.
 node = "resident"
-# Whether that app may be the trainer's user after all, and so read the records.
+# Whether that app may be the trainer's user after all, and so read the records: not with real data.
 # allow_same_user = false
 
 # "child": the daemon starts the trainer and ends it. Else the socket of a trainer that is started
