@@ -378,6 +378,8 @@ def test_a_stock_supernode_is_a_shim_to_the_same_trainer(
     """The app of the run is executed there, and holds nothing but the trainer's socket."""
     site = institutions[1]
     made.services.end([site.program])
+    # After a reply the lease is only shortened: it counts as connected for 20 s more.
+    made.services.wait_until(lambda: made.num_online() == 1, "the end of the old lease", 60)
     config = site.directory / "site.toml"
     before = config.read_text()
     config.write_text(before + 'node = "supernode"\nallow_same_user = true\n')
