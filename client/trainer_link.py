@@ -142,13 +142,12 @@ def ask_again(socket: Path, head: Mapping[str, Any], message: memoryview) -> Ans
     """
     lost, quiet_since = 0, 0.0
     while True:
-        started = time.monotonic()
         try:
             return ask(socket, head, message)
-        except TrainerLostError:
+        except TrainerLostError as error:
             now = time.monotonic()
-            if not quiet_since or now - started > 1.0:  # somebody was there
-                lost, quiet_since = lost + 1, now
+            if error.was_asked or not quiet_since:
+                lost, quiet_since = lost + error.was_asked, now
             if lost >= MAX_LOST or now - quiet_since > PATIENCE_S:
                 raise
         time.sleep(0.2)

@@ -102,7 +102,7 @@ def test_an_answer_that_a_kill_kept_from_the_ledger_is_no_sign_of_an_old_one(
 def test_only_a_resident_node_is_believed_what_bundle_a_run_carries(
     tiny_model: Path, tmp_path: Path, node: str
 ) -> None:
-    settings = settings_of(tmp_path, base_model=str(tiny_model), node=node)
+    settings = settings_of(tmp_path, base_model=str(tiny_model), node=node, allow_same_user=True)
     message = tmp_path / "message"
     (tmp_path / "box").mkdir()
     message.write_bytes(Box(tiny_model, tmp_path / "box").message)

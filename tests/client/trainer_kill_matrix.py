@@ -60,7 +60,13 @@ POLICY: dict[str, Any] = {
     "models": {"base": ["any"]},
     "runs": {"allowed": [RUN], "bundles": ["any"]},
     "adapter": {"modules": ["*"], "max_rank": 8, "max_alpha": 64.0},
-    "training": {"max_steps": 8, "max_batch": 8, "max_tokens": 64, "max_rounds": 9},
+    "training": {
+        "max_steps": 8,
+        "max_batch": 8,
+        "max_tokens": 64,
+        "max_learning_rate": 0.01,
+        "max_rounds": 9,
+    },
     "traffic": {"uplink": ["int8"], "max_round_bytes": 10**6, "max_run_bytes": 10**7},
     "aggregation": {"kinds": ["products"], "secure_sum_required": False, "min_cohort": 2},
     "privacy": {

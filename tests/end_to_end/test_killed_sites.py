@@ -75,6 +75,7 @@ max_rank = 8
 max_alpha = 64
 [training]
 max_steps = 8
+max_learning_rate = 0.01
 max_batch = 8
 max_tokens = 64
 max_rounds = 9
