@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.processes import child
-from client.accountant import noise_for
 from client.records import Record, read_records
 from client.settings import TrainingSettings
+from federation.accountant import noise_for
 from federation.command import run_command
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from client.accountant import PrivacyEvent
 from client.reasons import Refused
 from client.site_state import KEPT_S, SiteStateError
+from federation.accountant import PrivacyEvent
 from federation.atomic import write_atomically
 from federation.wire import WireError
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Self
 
-from client import accountant
-from client.accountant import PrivacyEvent
 from client.fingerprint import fingerprint, read_secret
 from client.identity import public_identity, read_identity
 from client.ledger import Entry, EpsilonOf, Ledger, utc_now
@@ -23,6 +21,8 @@ from client.reasons import Refused
 from client.request import SiteRequest, parse_request, with_claims, with_facts
 from client.site_ledger import open_site_ledger
 from client.verdict import Verdict, judge, rounded
+from federation import accountant
+from federation.accountant import PrivacyEvent
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -26,16 +26,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from client import accountant, chain
-from client.accountant import PrivacyEvent
+from client import chain
 from client.chain import Head, LedgerError, NotALedgerError
 from client.fingerprint import RECORD_BYTES, Fingerprint, share_a_record
+from federation import accountant
+from federation.accountant import PrivacyEvent
 
 LEDGER = "ledger.db"
 """File of the ledger in a site's state directory."""
 
 EpsilonOf = Callable[[Sequence[PrivacyEvent], float], float]
-"""The accountant: events and delta to epsilon (client.accountant.epsilon_of)."""
+"""The accountant: events and delta to epsilon (federation.accountant.epsilon_of)."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import functools
 import math
 from pathlib import Path
 
-from client import accountant, chain
+from client import chain
 from client.chain import LedgerError
 from client.fingerprint import share_a_record
 from client.ledger import Contents, EpsilonOf
+from federation import accountant
 
 TOLERANCE = 1e-6
 """Relative: another version of scipy may sum in another order."""

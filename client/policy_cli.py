@@ -61,11 +61,11 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Print what each rule of a policy says of a request. Nothing is trained or charged."""
-    from client.accountant import epsilon_of
     from client.ledger import Spent
     from client.policy import read_policy
     from client.request import RequestError, parse_request
     from client.verdict import judge, judge_all
+    from federation.accountant import epsilon_of
 
     read = read_policy(policy)
     try:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 
-from client.accountant import PrivacyEvent
 from client.ledger import EpsilonOf, Spent
 from client.policy import ANY, Policy
 from client.request import AdapterFacts, SiteRequest
 from client.settings import LEAST_CLIP_NORM
+from federation.accountant import PrivacyEvent
 from federation.metrics import DATA_METRICS
 from federation.run_signature import is_signed_by
 

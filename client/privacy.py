@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from client.accountant import PrivacyEvent
 from client.batches import IGNORED, Example, collate
 from client.randomness import RandomStream
 from client.record_gradients import PrivacyError, clipped_sum, record_gradients
@@ -42,6 +41,7 @@ from client.training import (
     train,
     train_with,
 )
+from federation.accountant import PrivacyEvent
 from federation.settings import SettingsError
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from client.accountant import PrivacyEvent
 from client.settings import TrainingSettings
 from client.site import Site
 from client.site_state import SiteState
+from federation.accountant import PrivacyEvent
 from federation.adapter import Adapter, read_from_model, train_only, write_into_model
 from federation.base_model import ModelError, model_digest
 from federation.header import DTYPES, FACTORS, holds_changes

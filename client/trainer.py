@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from client.accountant import PrivacyEvent
 from client.answers import Answers, Kept
 from client.reasons import Refused, code_and_reason
 from client.round import (
@@ -36,6 +35,7 @@ from client.settings import TrainingSettings
 from client.site import Site
 from client.site_state import SiteState
 from client.trainer_link import LinkError, read_object
+from federation.accountant import PrivacyEvent
 from federation.errors import FedgeError
 from federation.settings import load_settings
 from federation.wire import Update, header_of

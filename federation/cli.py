@@ -27,14 +27,21 @@ def plan(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting of the run, key=value; repeat.")
     ] = None,
+    records: Annotated[
+        int | None, typer.Option(help="Records of a site: what the run costs it of its privacy.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Of that site's policy.")] = 1e-6,
+    epsilon: Annotated[
+        float | None, typer.Option(help="What it may cost that site: the noise that it needs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a run will cost: bytes, disk, memory, seconds, and what the coordinator sees.
+    """Show what a run will cost: bytes, disk, memory, seconds, privacy, what the coordinator sees.
 
     Settings are those of `flwr run . -c`. Weights are not needed: a config.json is enough.
     """
     from federation.base_model import read_config, read_config_file
-    from federation.plan import make_plan
+    from federation.plan import make_plan, privacy_cost
     from federation.settings import FederationSettings, SettingsError, load_settings
 
     values = _parse_settings(settings or [])
@@ -45,7 +52,10 @@ def plan(
     values = {**values, "base_model": str(named), "out": values.get("out") or "not-written"}
     checked = load_settings(FederationSettings, values, "--set")
     config = read_config_file(named) if named.is_file() else read_config(named)
-    result = make_plan(checked, config)
+    if epsilon is not None and records is None:
+        raise SettingsError("--epsilon needs --records, the number of a site's records")
+    cost = None if records is None else privacy_cost(checked, records, delta, epsilon)
+    result = make_plan(checked, config, cost=cost)
     print_result(result.as_json(), as_json, lambda: _show_plan(result))
 
 

@@ -11,7 +11,7 @@
     - SiteStateError         client.site_state: what a site kept between rounds is damaged
     - FleetKeyError          client.superlink: the SuperLink does not take the site's key
     - RequestError           client.request: what a run asks is no request
-    - BudgetError            client.accountant: no noise keeps within this budget
+    - BudgetError            federation.accountant: no noise keeps within this budget
     - FingerprintError       client.fingerprint: the secret of a site's fingerprints
     - NotALedgerError        client.chain: there is no ledger in that place
   - EventLogError            federation.events: a line of a run's log that cannot be read

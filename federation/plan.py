@@ -2,10 +2,12 @@
 
 Bytes are exact (`federation.traffic`), memory and seconds are modelled (`federation.server_costs`).
 A plan does not know how long the sites train, how fast the network is, or which sites chose a
-smaller rank than the one that is served. Nor does it know an epsilon: that follows from a site's
-number of records and its delta, and the site's own policy judges it.
+smaller rank than the one that is served. What a site spends of its privacy follows from its number
+of records and its delta, which somebody has to say (`privacy_cost`); the site's own policy judges
+it, with what the site spent before.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -99,6 +101,25 @@ class WireCost:
 
 
 @dataclass(frozen=True)
+class PrivacyCost:
+    """What the whole run costs a site that has spent nothing before and trains in every round."""
+
+    num_records: int
+    delta: float
+    sampling_rate: float
+    """Chance with which a step takes a record."""
+    steps: int
+    """Of all rounds."""
+    noise_multiplier: float
+    epsilon: float | None
+    """With that noise; None = no bound."""
+    target_epsilon: float | None
+    """What was asked for, if anything."""
+    noise_for_target: float | None
+    """Least noise multiplier that keeps the run within it."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will cost."""
 
@@ -124,6 +145,8 @@ class Plan:
     aggregation_s: float
     """One round, one core."""
     privacy: str
+    privacy_cost: PrivacyCost | None
+    """For a site whose number of records was said."""
     notes: list[str]
     """What a figure leaves out."""
     aggregations: list[AggregationCost]
@@ -135,7 +158,10 @@ class Plan:
 
 
 def make_plan(
-    settings: FederationSettings, config: Mapping[str, Any], machine: Machine | None = None
+    settings: FederationSettings,
+    config: Mapping[str, Any],
+    machine: Machine | None = None,
+    cost: PrivacyCost | None = None,
 ) -> Plan:
     """Return what a run with these settings costs on a model with this config.
 
@@ -143,6 +169,7 @@ def make_plan(
         settings: Checked; nothing is read from the paths in it.
         config: What the model's config.json holds.
         machine: How fast the server is; left out, the one that the constants were measured on.
+        cost: From `privacy_cost`.
 
     Raises:
         ModelError: The config is of another family, or a key is missing.
@@ -172,6 +199,7 @@ def make_plan(
         memory_bytes=server_memory(settings, shapes),
         aggregation_s=aggregation_seconds(settings, shapes, machine),
         privacy=privacy(settings),
+        privacy_cost=cost,
         notes=notes(settings),
         aggregations=[
             _aggregation_cost(_with_kind(settings, kind, trait), shapes, trait, machine)
@@ -241,6 +269,70 @@ def privacy(settings: FederationSettings) -> str:
         "epsilon a site spends follows from its number of records and its delta; its own policy "
         f"refuses the round that would overspend. {seen}."
     )
+
+
+def privacy_cost(
+    settings: FederationSettings,
+    num_records: int,
+    delta: float,
+    target_epsilon: float | None = None,
+) -> PrivacyCost:
+    """Return what a run costs a site of so many records, and the noise that a target needs.
+
+    Imports Opacus, and with it torch.
+
+    Args:
+        settings: With ``training.num_steps`` and ``training.batch_size``.
+        num_records: Of the site.
+        delta: Of the site's policy, below 1 over ``num_records``.
+        target_epsilon: What the run may cost, or None.
+
+    Raises:
+        SettingsError: A number is missing or out of its range.
+        BudgetError: No noise is enough for the target.
+    """
+    from federation.accountant import PrivacyEvent, epsilon_of, noise_for
+
+    if num_records < 1 or not 0 < delta < 1 / num_records:
+        raise SettingsError(
+            f"--records is {num_records} and --delta {delta:g}: expected at least one record, and "
+            "a delta above 0 and below 1 over their number, such as 1e-6"
+        )
+    if target_epsilon is not None and not 0 < target_epsilon < math.inf:
+        raise SettingsError(f"--epsilon is {target_epsilon}: expected a number above 0")
+    batch = _training_number(settings, "batch_size") * _training_number(settings, "accumulation", 1)
+    if batch > num_records:
+        raise SettingsError(
+            f"a step takes {batch} records and the site has {num_records}: expected at most as many"
+        )
+    rate = batch / num_records
+    steps = settings.num_rounds * _training_number(settings, "num_steps")
+    noise = float(settings.training["noise_multiplier"]) if is_private(settings) else 0.0
+    epsilon = epsilon_of([PrivacyEvent(noise, rate, steps)], delta)
+    return PrivacyCost(
+        num_records,
+        delta,
+        rate,
+        steps,
+        noise,
+        None if math.isinf(epsilon) else epsilon,
+        target_epsilon,
+        None if target_epsilon is None else noise_for(target_epsilon, delta, rate, steps),
+    )
+
+
+def _training_number(settings: FederationSettings, name: str, default: int | None = None) -> int:
+    value = settings.training.get(name, default)
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise SettingsError(
+            f"training.{name} is {value!r}: what privacy costs needs a whole number from 1 on, "
+            f"--set training.{name}=8"
+        )
+    return number
 
 
 def is_private(settings: FederationSettings) -> bool:

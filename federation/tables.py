@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from federation.plan import Plan
+from federation.plan import Plan, PrivacyCost
 from federation.traffic import Traffic
 
 _MB = 1e6
@@ -22,6 +22,16 @@ def plan_view(plan: Plan) -> RenderableType:
     return Group(
         _run_table(plan), _aggregation_table(plan), _wire_table(plan), *notes, Text(plan.privacy)
     )
+
+
+def _privacy_rows(table: Table, cost: PrivacyCost) -> None:
+    table.add_section()
+    shown = "no bound" if cost.epsilon is None else f"{cost.epsilon:.3g}"
+    said = f"delta {cost.delta:g}; {cost.steps} steps of {cost.sampling_rate:.3%} of the records"
+    table.add_row(f"epsilon, noise {cost.noise_multiplier:g}", shown, said)
+    if cost.noise_for_target is not None:
+        said = f"noise multiplier, for epsilon {cost.target_epsilon:g}"
+        table.add_row("noise", f"{cost.noise_for_target:.4g}", said)
 
 
 def _run_table(plan: Plan) -> Table:
@@ -54,6 +64,8 @@ def _run_table(plan: Plan) -> Table:
     table.add_row("server disk", _mb(sum(disk.values())), f"MB: {_parts(disk)}")
     table.add_row("server memory", _mb(max(memory.values())), f"above torch; MB: {_parts(memory)}")
     table.add_row("averaging, a round", f"{plan.aggregation_s:.2f} s", "one core")
+    if plan.privacy_cost is not None:
+        _privacy_rows(table, plan.privacy_cost)
     return table
 
 

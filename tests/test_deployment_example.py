@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from client.accountant import epsilon_of
 from client.ledger import Spent
 from client.policy import Policy
 from client.policy_template import policy_template
 from client.request import parse_request
 from client.site_template import site_template
 from client.verdict import judge
+from federation.accountant import epsilon_of
 from federation.errors import UserError
 from federation.run_signature import canonical_json
 from federation.settings import FederationSettings, load_settings

@@ -3,10 +3,10 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.accountant import PrivacyEvent
 from client.fingerprint import Fingerprint, fingerprint
 from client.ledger import Entry, Ledger
 from client.records import Record
+from federation.accountant import PrivacyEvent
 
 KEY = bytes(range(32))
 RUN = "ab" * 16

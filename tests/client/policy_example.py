@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from client.accountant import PrivacyEvent
 from client.ledger import Spent
 from client.policy import Policy
 from client.policy_template import policy_template
 from client.request import RequestError, parse_request
 from client.verdict import judge
+from federation.accountant import PrivacyEvent
 
 BASE, BUNDLE, ADAPTER, OTHER = "b" * 64, "c" * 64, "a" * 64, "d" * 64
 RUN, OTHER_RUN = "0123456789abcdef" * 2, "f" * 32

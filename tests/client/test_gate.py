@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.answers import Answers
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
@@ -23,6 +22,7 @@ from client.round import site_records
 from client.site import Site
 from client.site_state import KEPT_S
 from client.trainer import Reply, Trainer
+from federation.accountant import PrivacyEvent, epsilon_of
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.wire import encode

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.chain import SCHEMA, LedgerError, NotALedgerError, head_path
 from client.ledger import Ledger, read_ledger
+from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.ledgers import ONE, RUN, data_set, entry, fill, open_ledger
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.chain import head_path
 from client.ledger import read_ledger
+from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.ledgers import RUN, data_set, entry, fill, open_ledger
 from tests.client.test_cli import run
 from tests.client.test_ledger import ROOT, tamper

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.ledger import Ledger
 from client.policy_rules import RULES
 from client.policy_template import policy_template
+from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.ledgers import data_set, entry
 from tests.client.policy_example import BASE, REQUEST, RUN, changed
 from tests.client.test_cli import run

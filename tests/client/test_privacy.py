@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from client.accountant import PrivacyEvent
 from client.batches import Example, collate, encode_records
 from client.evaluation import evaluate
 from client.model import add_adapter, load_model, load_tokenizer
@@ -21,6 +20,7 @@ from client.record_gradients import PrivacyError, clipped_sum, record_gradients
 from client.records import read_records
 from client.settings import LEAST_CLIP_NORM, TrainingSettings
 from client.training import Step, draw, train
+from federation.accountant import PrivacyEvent
 from federation.adapter import initial_adapter, train_only
 from federation.settings import SettingsError, load_settings
 from tests.conftest import write_records

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import client.trainer
-from client.accountant import PrivacyEvent
 from client.batches import encode_records
 from client.ledger import Ledger, read_ledger
 from client.model import load_tokenizer
@@ -15,6 +14,7 @@ from client.randomness import RandomStream
 from client.reasons import REFUSED, SITE_ERROR
 from client.records import read_records
 from client.round import Answer
+from federation.accountant import PrivacyEvent
 from federation.adapter import Adapter, LowRank, initial_adapter
 from federation.base_model import model_digest
 from federation.wire import encode, open_update

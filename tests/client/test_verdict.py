@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.ledger import Spent
 from client.policy import Policy
 from client.policy_rules import RULES
 from client.request import parse_request
 from client.verdict import judge, judge_all
+from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.policy_example import (
     ADAPTER,
     BASE,

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from client.accountant import PrivacyEvent
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
@@ -30,6 +29,7 @@ from client.policy import Policy
 from client.round import site_records
 from client.site import Site
 from client.trainer import Trainer
+from federation.accountant import PrivacyEvent
 from federation.adapter import Adapter, LowRank, initial_adapter
 from federation.base_model import model_digest
 from federation.wire import open_update, write_message

@@ -21,9 +21,9 @@ import psutil
 import pytest
 from rich.console import Console
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.ledger import LEDGER, read_ledger
 from client.site import Site as ClientSite
+from federation.accountant import PrivacyEvent, epsilon_of
 from federation.rounds import run_rounds
 from federation.settings import FederationSettings, load_settings
 from federation.status import summarise

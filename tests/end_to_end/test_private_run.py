@@ -7,8 +7,6 @@ process and without a network.
 import json
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +20,6 @@ import pytest
 from flwr.app import Context, Error, Message
 from flwr.common.config import parse_config_args
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.fingerprint import fingerprint, read_secret
 from client.flower import content_of
 from client.gate import SiteGate
@@ -35,9 +32,11 @@ from client.trainer import Trainer
 from client.trainer_link import request_head
 from client.verdict import judge
 from federation import server_app
+from federation.accountant import PrivacyEvent, epsilon_of
 from federation.adapter import read_adapter
 from federation.events import Event, RoundFinished, SiteFailed, UpdateReceived, read_events
 from federation.grid_sites import ADAPTER, RESULT, ROUND, SITE, TRAINING, bytes_of
+from federation.plan import privacy_cost
 from federation.settings import FederationSettings, load_settings
 from federation.status import summarise
 from tests.client.policy_example import opened_template
@@ -218,11 +217,7 @@ def test_the_guides_private_run_is_one_that_the_template_lets_in() -> None:
     noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
     spent = Spent(events=(), num_records=4000, answered={})
     assert judge(asked, policy, spent, noon, epsilon_of).rule == "allowed"
-
-
-def test_the_guides_epsilon_is_what_its_command_prints() -> None:
-    command = shlex.split(guide_block("epsilon of a run"))
-    done = subprocess.run(
-        [sys.executable, *command[1:]], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert "(this prints " + done.stdout.strip() + ", for a delta of 1e-6)" in GUIDE.read_text()
+    said = dict(pairwise(plan))
+    cost = privacy_cost(settings, int(said["--records"]), 1e-6, float(said["--epsilon"]))
+    assert f"epsilon {cost.epsilon:.2f} (delta 1e-6" in GUIDE.read_text()
+    assert f"and {cost.noise_for_target:.4g} as the noise" in GUIDE.read_text()

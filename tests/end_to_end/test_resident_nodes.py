@@ -15,11 +15,11 @@ import psutil
 import pytest
 from rich.console import Console
 
-from client.accountant import PrivacyEvent, epsilon_of
 from client.ledger import LEDGER, read_ledger
 from client.round import RoundRequest, answer_round
 from client.settings import TrainingSettings
 from client.site import Site as ClientSite
+from federation.accountant import PrivacyEvent, epsilon_of
 from federation.adapter import read_adapter
 from federation.rounds import run_rounds
 from federation.settings import FederationSettings, load_settings

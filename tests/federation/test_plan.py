@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from federation import server_costs
+from federation.accountant import PrivacyEvent, epsilon_of
 from federation.adapter import TARGETS, initial_adapter
 from federation.base_model import ModelError, projection_shapes, read_config, weight_shapes
 from federation.header import message_bytes
-from federation.plan import Plan, make_plan
+from federation.plan import Plan, make_plan, privacy_cost
 from federation.server_costs import Machine, aggregation_seconds, peak_memory, server_memory
 from federation.settings import (
     FederationSettings,
@@ -295,3 +296,52 @@ def test_the_plan_of_a_rank_counts_what_an_adapter_of_it_holds(tiny_model: Path)
         m.b_OR.numel() + m.a_RI.numel() for m in adapter.modules.values()
     )
     assert json.loads(json.dumps(result.as_json()))["num_parameters"] == result.num_parameters
+
+
+COSTED = {
+    "num_rounds": 20,
+    "aggregation": "alternating",
+    "metrics": "",
+    "training.noise_multiplier": "1.0",
+    "training.num_steps": "8",
+    "training.batch_size": "8",
+    "training.accumulation": "2",
+}
+
+
+def test_what_a_run_costs_a_site_is_the_accountants_sum_over_its_rounds() -> None:
+    cost = privacy_cost(settings(**COSTED), 4000, 1e-6, 1.0)
+    assert (cost.steps, cost.sampling_rate) == (160, 16 / 4000)
+    rounds = [PrivacyEvent(1.0, 16 / 4000, 8)] * 20
+    assert cost.epsilon == epsilon_of(rounds, 1e-6)
+    assert cost.noise_for_target is not None
+    within = [PrivacyEvent(cost.noise_for_target, 16 / 4000, 8)] * 20
+    assert 0.99 < epsilon_of(within, 1e-6) <= 1.0
+
+
+def test_a_run_without_noise_has_no_epsilon() -> None:
+    cost = privacy_cost(settings(**COSTED | {"training.noise_multiplier": 0}), 4000, 1e-6)
+    assert (cost.epsilon, cost.noise_for_target) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "num_records", "delta", "epsilon", "sentence"),
+    [
+        ({}, 0, 1e-6, None, "--records is 0"),
+        ({}, 4000, 1e-3, None, "--delta 0.001"),
+        ({}, 4000, float("nan"), None, "--delta nan"),
+        ({}, 4000, 1e-6, 0.0, "--epsilon is 0.0"),
+        ({}, 10, 1e-6, None, "a step takes 16 records and the site has 10"),
+        ({"training.num_steps": ""}, 4000, 1e-6, None, "training.num_steps is ''"),
+        ({"training.batch_size": "4.5"}, 4000, 1e-6, None, "training.batch_size is '4.5'"),
+    ],
+)
+def test_a_cost_that_cannot_be_told_is_one_sentence(
+    changed: dict[str, object],
+    num_records: int,
+    delta: float,
+    epsilon: float | None,
+    sentence: str,
+) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        privacy_cost(settings(**COSTED | changed), num_records, delta, epsilon)

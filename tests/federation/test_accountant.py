@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from client.accountant import (
+from federation.accountant import (
     MOST_NOISE,
     ORDERS,
     BudgetError,
@@ -207,5 +207,7 @@ def test_a_number_out_of_range_is_refused(wrong):
 
 
 def test_the_import_is_light():
-    code = "import sys, client.accountant; print({'torch', 'numpy', 'opacus'} & set(sys.modules))"
+    code = (
+        "import sys, federation.accountant; print({'torch', 'numpy', 'opacus'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
