@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "quorum": 1,
     "round_timeout_s": 300.0,
     "aggregation": "alternating",
-    "metrics": "seconds",
+    "metrics": "",
     "wire.uplink": "float32",
     "wire.downlink": "float32",
     "adapter.rank": 4,
