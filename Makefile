@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The modules of benchmarks/ that are measurements; the others are what these share.
+# The measurements of benchmarks/ that need no data; private_training, membership and
+# federation_quality ask for the demo's, and the others are what these share.
 BENCHMARKS := aggregation rounds deployment resident_rounds distillation_loss plan_constants secure_sum
 
 .PHONY: demo deployment test test-slow check bench nginx proto clean

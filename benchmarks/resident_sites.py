@@ -53,6 +53,7 @@ secure_sum_required = false
 min_cohort = 1
 [privacy]
 required = false
+one_factor_only = false
 max_record_clip_norm = 1.0
 epsilon = 1e9
 delta = 1e-9
@@ -150,7 +151,8 @@ def moved(
     request: RoundRequest,
     *,
     scratch: Path,
-    begun: Begun,  # noqa: ARG001 - the signature of what it stands in for
+    key: bytes | None,  # noqa: ARG001 - the signature of what it stands in for
+    begun: Begun,  # noqa: ARG001
 ) -> Answer:
     """Return an answer as `client.round.answer_received` does, without a model and its training."""
     from client.round import Answer, _encode_reply, site_records

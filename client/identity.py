@@ -34,7 +34,12 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
 
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError):
+    except OSError as error:
+        raise SettingsError(
+            f"identity key {path.name} cannot be read ({error.strerror}): `client identity`, as "
+            "the user that runs the trainer, makes one where there is none"
+        ) from None
+    except (ValueError, TypeError):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise SettingsError(

@@ -21,13 +21,9 @@ from client.site_state import SiteState
 from federation.accountant import PrivacyEvent
 from federation.adapter import Adapter, read_from_model, train_only, write_into_model
 from federation.base_model import ModelError, model_digest
-from federation.header import DTYPES, FACTORS, holds_changes
+from federation.header import DTYPES, FACTORS, LARGEST_WEIGHT, holds_changes
 from federation.metrics import METRICS
 from federation.wire import Update, WireError, encode, open_update, reference_of
-
-LARGEST_WEIGHT = 1e6
-"""Largest number of an adapter that is trained. Near the end of what a message can hold, what the
-training adds decides whether there is an answer at all."""
 
 Begun = Callable[[PrivacyEvent | None], None]
 """Told what the training is about to spend, before its first draw; it may raise."""

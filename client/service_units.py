@@ -168,7 +168,7 @@ def install_steps(directory: Path, settings: SiteSettings) -> list[str]:
         shlex.quote(str(p))
         for p in (settings.node_key, settings.identity, settings.data, directory)
     )
-    users = f"install -m 644 {place}/fedge.conf /etc/sysusers.d/ && systemd-sysusers"
+    users = f"install -D -m 644 {place}/fedge.conf /etc/sysusers.d/fedge.conf && systemd-sysusers"
     owners = f"chown {NODE} {key} && chown {TRAINER} {identity} {data} && chmod 600 {data}"
     units = f"install -m 644 {place}/*.service /etc/systemd/system/ && systemctl daemon-reload"
     return [

@@ -133,7 +133,9 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
             f"Name the base model's digest in {policy}, [models] base: `client doctor` prints it."
         )
     if not (made.policy.runs.allowed or made.policy.runs.signers):
-        steps.append(f"Allow a run in {policy}, [runs]: the key of a signer, or the id of a run.")
+        steps.append(
+            f"Allow a run in {policy}, [runs] allowed: the id in its run.json, once it runs."
+        )
     steps.append(f"Read what the policy allows: client policy check {policy}")
     if made.settings.socket == Path(TWO_CONTAINERS["trainer"]):
         return [*steps, "Start the site: docker compose up -d; docker/README.md says more"]

@@ -91,6 +91,7 @@ def refuse_shared_user(settings: SiteSettings) -> None:
     for what, path, mode in (
         (f"read data ({settings.data.name})", settings.data, os.R_OK),
         (f"enter state ({settings.state.name})", settings.state, os.X_OK),
+        (f"read identity_key ({settings.identity.name})", settings.identity, os.R_OK),
         (f"change policy ({settings.policy.name})", settings.policy, os.W_OK),
         (f"replace policy ({settings.policy.name})", settings.policy.parent, os.W_OK),
     ):

@@ -40,6 +40,9 @@ MAX_RANK = 1024
 """Bounds the k x k work that one site can make the server do; federation.settings has the same."""
 LARGEST = 1e15
 """No factor has a number beyond it, and products of two such are still finite in float32."""
+LARGEST_WEIGHT = 1e6
+"""No adapter that is trained has a number beyond it: near ``LARGEST``, what the training adds would
+decide whether there is an answer at all."""
 MAX_ALPHA = 1e6
 _MAX_COLUMNS = 1 << 24
 _MAX_HEADER_BYTES = 1 << 20

@@ -30,7 +30,7 @@ from federation.aggregation.server_optimizers import server_step
 from federation.errors import FedgeError
 from federation.exchange import Exchange, RoundError
 from federation.gathering import Gathered, Outgoing
-from federation.header import LARGEST, holds_changes
+from federation.header import LARGEST_WEIGHT, holds_changes
 from federation.lineage import write_lineage
 from federation.metrics import mean_of
 from federation.run_directory import RunDirectory
@@ -309,13 +309,13 @@ def _stepped(
 
 
 def _check_sendable(server_round: int, module: str, factors: LowRank, gathered: Gathered) -> None:
-    """Let a round be committed only if the next one can send it.
+    """Let a round be committed only if sites will train it.
 
     Raises:
         RoundError: A number is not finite or too large; names the sites that sent the largest.
     """
     # The comparison is False for NaN.
-    if all(float(factor.abs().max()) <= LARGEST for factor in (factors.b_OR, factors.a_RI)):
+    if all(float(factor.abs().max()) <= LARGEST_WEIGHT for factor in (factors.b_OR, factors.a_RI)):
         return
     labels = ["of all sites"] if gathered.secure_sum else map(_label, gathered.replies)
     updates = zip(labels, gathered.updates, strict=True)
@@ -324,8 +324,9 @@ def _check_sendable(server_round: int, module: str, factors: LowRank, gathered: 
     named = ", ".join(f"site {label} {norms[label]:.2g}" for label in largest)
     raise RoundError(
         f"round {server_round}: {module} of the average holds NaN, infinity or a number beyond "
-        f"{LARGEST:g}, so some update is absurdly large. The largest norms of its factors there: "
-        f"{named}. The last adapter stays: mend or unregister the site at fault and resume the run"
+        f"{LARGEST_WEIGHT:g}, so some update is absurdly large. The largest norms of its factors "
+        f"there: {named}. The last adapter stays: mend or unregister the site at fault and resume "
+        "the run"
     )
 
 

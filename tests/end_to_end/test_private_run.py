@@ -25,6 +25,7 @@ from client.flower import content_of
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, Spent, read_ledger
 from client.policy import Policy, read_policy
+from client.policy_template import policy_template
 from client.request import parse_request, with_facts
 from client.round import site_records
 from client.site import Site
@@ -221,3 +222,50 @@ def test_the_guides_private_run_is_one_that_the_template_lets_in() -> None:
     cost = privacy_cost(settings, int(said["--records"]), 1e-6, float(said["--epsilon"]))
     assert f"epsilon {cost.epsilon:.2f} (delta 1e-6" in GUIDE.read_text()
     assert f"and {cost.noise_for_target:.4g} as the noise" in GUIDE.read_text()
+
+
+def test_the_run_of_the_site_guide_is_let_in_by_what_init_writes() -> None:
+    """With the base model and the run named and the other sites listed, and nothing else edited."""
+    guide = GUIDE.with_name("setting-up-a-site.md").read_text()
+    (line,) = re.findall(r"^    (flwr run .*)$", guide, re.MULTILINE)
+    settings = load_settings(
+        FederationSettings, parse_config_args([shlex.split(line)[-1]]), "the guide"
+    )
+    sums = settings.secure_sum
+    head = {
+        "run": "ab" * 16,
+        "bundle": "c" * 64,
+        "server_round": settings.num_rounds,
+        "uplink": settings.wire.uplink,
+        "downlink": settings.wire.downlink,
+        "trains": "B",
+        "aggregation": settings.aggregation,
+        "training": settings.training,
+        "metrics": settings.asked_metrics,
+        "stage": "advertise",
+        "attempt": 1,
+        "secure_sum": {
+            "cohort": settings.num_sites,
+            "threshold": sums.threshold,
+            "clip": sums.clip,
+            "bits": sums.bits,
+            "max_examples": sums.max_examples,
+        },
+    }
+    asked = with_facts(
+        parse_request(json.dumps(head).encode()),
+        shapes={"model.layers.0.self_attn.q_proj": (64, 64)},
+        rank=settings.adapter.rank,
+        alpha=settings.adapter.alpha,
+        base_model="d" * 64,
+        content_digest="e" * 64,
+    )
+    text = policy_template(base_models=["d" * 64])
+    text = text.replace("\nallowed = []", '\nallowed = ["' + "ab" * 16 + '"]', 1)
+    others = json.dumps([digit * 64 for digit in "123"])
+    text = text.replace("\ncohort = []", f"\ncohort = {others}", 1)
+    policy = load_settings(Policy, tomllib.loads(text), "the template")
+    noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    spent = Spent(events=(), num_records=4000, answered={})
+    verdict = judge(asked, policy, spent, noon, epsilon_of)
+    assert verdict.rule == "allowed", verdict

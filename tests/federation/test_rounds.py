@@ -188,21 +188,22 @@ def test_settings_that_contradict_each_other_are_refused_with_a_way_out(
         settings(**change)
 
 
-def test_an_average_that_could_not_be_sent_is_not_committed(
-    settings: Settings, tmp_path: Path
+@pytest.mark.parametrize(("b", "a"), [(9e14, 1e14), (1e8, 1e3)], ids=["message", "site"])
+def test_an_average_that_could_not_be_trained_is_not_committed(
+    settings: Settings, tmp_path: Path, b: float, a: float
 ) -> None:
-    """Finite, but beyond what a message holds: a resumed run could not get past it."""
+    """Finite, but beyond what a message holds, or what sites train: no run could get past it."""
 
     def absurd(adapter: Adapter) -> Adapter:
         modules = {
-            name: LowRank(torch.full_like(f.b_OR, 9e14), f.a_RI * 1e14)
+            name: LowRank(torch.full_like(f.b_OR, b), f.a_RI * a)
             for name, f in adapter.modules.items()
         }
         return Adapter(adapter.rank, adapter.alpha, modules)
 
     sites = named_sites(tmp_path / "s")
     sites.moves["c"] = lambda adapter: absurd(adapter) if len(sites.requests) == 2 else adapter
-    with pytest.raises(RoundError, match=r"of the average .* norms .*: site c \S+e[+]1\d, site"):
+    with pytest.raises(RoundError, match=r"of the average .* norms .*: site c \S+e[+]\d+, site"):
         run(sites, settings(num_rounds=3))
     sites.moves["c"] = drift(2)
     assert run(sites, settings(resume=settings().out)).name == "round-0003"
