@@ -138,7 +138,8 @@ def _trainer_checks(settings: SiteSettings | None, *, is_quick: bool) -> Iterato
     yield site_files.check_policy(policy, look(settings.policy), records)
     yield site_files.check_digest(model, policy)
     public = attempt(lambda: public_identity(read_identity(settings.identity)))
-    yield check_identity(look(settings.identity), public, policy)
+    is_named = settings.identity_key is not None
+    yield check_identity(look(settings.identity), public, policy, is_named=is_named)
     yield site_files.check_state(look(settings.state), os.geteuid(), policy)
     yield _ledger_of(settings.state)
 

@@ -86,13 +86,14 @@ def public_identity(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def check_identity(place: Place, public: str, policy: Policy | str) -> Check:
+def check_identity(place: Place, public: str, policy: Policy | str, *, is_named: bool) -> Check:
     """Say whether this site can take part in secure sums, and with whom.
 
     Args:
         place: Of its key.
         public: The public half, or why there is none.
         policy: Of the site, or why there is none.
+        is_named: Whether site.toml names the key: then the trainer does not start without it.
     """
     name = "identity"
     if isinstance(policy, str):
@@ -110,6 +111,12 @@ def check_identity(place: Place, public: str, policy: Policy | str) -> Check:
                 "fail",
                 f"mode {place.mode:04o}: others can read the key",
                 f"chmod go= {place.path}",
+            ),
+            (
+                not place.is_there and not place.is_hidden and is_named,
+                "fail",
+                f"{place.path.name}, which site.toml names, does not exist",
+                "client identity --config site.toml, as the user that runs the trainer",
             ),
             (
                 not place.is_there and rules.secure_sum_required,

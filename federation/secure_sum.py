@@ -384,6 +384,7 @@ class SecureSum:
                 f"the sites' examples add up to {total}, expected {least} to {most}: a site sent "
                 "no honest vector, and which one cannot be told"
             )
+        self._check_elements(total)
         self._sum = WeightedSum(
             terms=terms,
             sites=tuple(sorted(names[place] for place in self._summed)),
@@ -391,6 +392,24 @@ class SecureSum:
             elements_N=self._elements_N,
         )
         self.stage, self.waiting = None, set()
+
+    def _check_elements(self, total_examples: int) -> None:
+        """Abort where the sum has a number that sites which clip cannot have made together.
+
+        The ring is wider than that, so that one site could move the mean by far more than the clip.
+        """
+        terms = self.terms
+        # Each site's share of ``half``, and one for the rounding.
+        most = terms.half * total_examples / terms.max_examples + len(self._summed)
+        for start in range(0, terms.num_coordinates, _PIECE):
+            stop = min(start + _PIECE, terms.num_coordinates)
+            largest = int(np.abs(signed(self._elements_N[start:stop], terms.ring_bits)).max())
+            if largest > most:
+                self._abort(
+                    f"a number of the sum is {largest} levels, and sites that clip reach "
+                    f"{most:.0f} together: a site sent no honest vector, and which one cannot be "
+                    "told"
+                )
 
     def _masks_left(self) -> Iterator[Mask]:
         """Yield what undoes the masks in the sum: own ones, and those with sites that dropped."""

@@ -577,3 +577,11 @@ def test_the_guide_names_every_check(site: Path) -> None:
     named = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"^\| ([a-z_, ]+) \|", table, re.M))))
     checks = {check.name for check in examine(site, variables=SWITCHES)}
     assert named == checks | {"check"}
+
+
+def test_a_key_for_secure_sums_that_site_toml_names_has_to_be_there(site: Path) -> None:
+    """Without it the trainer does not start, so a warning would not do."""
+    load_site(site).identity.unlink()
+    (check,) = [c for c in examine(site, variables=SWITCHES) if c.name == "identity"]
+    assert (check.level, "does not exist" in check.found) == ("fail", True)
+    assert "client identity" in check.fix

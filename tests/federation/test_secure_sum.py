@@ -288,6 +288,18 @@ def test_a_sum_with_an_impossible_number_of_examples_is_refused() -> None:
         cohort.sum(spoil={("s0", Stage.MASK): add_to_last})
 
 
+def test_a_sum_beyond_what_sites_that_clip_can_reach_is_refused() -> None:
+    """A site that lies within the width of the ring would own the mean."""
+    cohort = Cohort(4, 3)
+
+    def add_to_one(raw: bytes) -> bytes:
+        number = (int.from_bytes(raw[-4:-2], "little") + 2000) % 2**16  # before the examples
+        return raw[:-4] + number.to_bytes(2, "little") + raw[-2:]
+
+    with pytest.raises(SecureSumError, match="levels, and sites that clip reach 512 together"):
+        cohort.sum(spoil={("s0", Stage.MASK): add_to_one})
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
