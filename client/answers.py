@@ -2,6 +2,7 @@
 
 DIR/answers/<run>/<round>.json     the question's digest, the numbers beside the update; for ever
                   <round>.update   the update; kept for the last rounds only, and for some weeks
+                  <round>.begun    how often a private round was begun, while it has no answer
 
 A round that is asked again is answered with the same bytes: nothing is trained again, no noise is
 drawn again, nothing is charged again. The same round with another adapter or other settings is
@@ -29,6 +30,9 @@ from federation.wire import WireError
 
 KEPT_ROUNDS = 2
 """Rounds of a run whose updates are kept: the last, and the one before for a server set back."""
+MAX_BEGUN = 5
+"""Times that a private round is begun before its failure is its answer. Each draws anew, and who
+can end a trainer sees how far it came; a machine rarely ends so often in one round by itself."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,28 @@ class Answers:
         write_atomically(self.path(kept), update)
         # Its description last: without it the update is not there.
         self._write(kept)
+        self._begun_path(server_round).unlink(missing_ok=True)
         self._remove_old(server_round)
         return kept
+
+    def num_begun(self, server_round: int) -> int:
+        """Return how often a round without an answer was begun, whatever was asked in it.
+
+        Raises:
+            SiteStateError: What was noted is damaged.
+        """
+        path = self._begun_path(server_round)
+        try:
+            return int(path.read_text(encoding="ascii")) if path.is_file() else 0
+        except ValueError:
+            raise _damaged(path) from None
+
+    def note_begun(self, server_round: int) -> None:
+        """Note that a private round begins, before its first draw; it is on disk then."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._directory.parent.chmod(0o700)
+        count = self.num_begun(server_round) + 1
+        write_atomically(self._begun_path(server_round), str(count))
 
     def note(self, kept: Kept) -> None:
         """Note that the ledger has an answer, before a byte of it leaves."""
@@ -156,6 +180,9 @@ class Answers:
     def path(self, kept: Kept) -> Path:
         """Return the file of an update."""
         return self._directory / f"{kept.server_round}.update"
+
+    def _begun_path(self, server_round: int) -> Path:
+        return self._directory / f"{server_round}.begun"
 
     def _read(self, server_round: int) -> Kept | None:
         path = self._directory / f"{server_round}.json"

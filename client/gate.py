@@ -2,11 +2,12 @@
 
 `client.trainer` calls in this order: `admit` before a message is opened, `allow` before anything is
 trained, `release` for the numbers beside the update, `record` once the answer is on disk and before
-a byte of it leaves.
+a byte of it leaves. For a secure sum `record_training` comes before the site says its keys.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from client.fingerprint import fingerprint, read_secret
 from client.identity import public_identity, read_identity
-from client.ledger import Entry, EpsilonOf, Ledger, utc_now
+from client.ledger import Entry, EpsilonOf, Ledger, Row, utc_now
 from client.policy import ANY, Policy, read_policy
 from client.policy_rules import event_of
 from client.reasons import Refused
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
 
 STAGE = "update"
 """What the ledger calls an update that leaves by itself, not in a secure sum."""
+TRAINED_STAGE = "trained"
+"""And a training for a secure sum. It has no bytes, and all the cost: that a site goes on to say
+its keys tells that its training went well. They, shares and signatures hold nothing of the data."""
 SECURE_STAGE = "secure"
-"""And a masked vector of a secure sum. Keys, shares and signatures hold nothing of the data."""
+"""And a masked vector of that training: it has bytes, and no cost."""
 FAILED_STAGE = "failed"
 """And the one sentence that a private round failed: it has no bytes, and costs as much as an update
 since whether a round fails may be told by the records."""
@@ -135,7 +139,8 @@ class SiteGate:
         """
         asked = self._request_of(question)
         spent = self._ledger.spent(self._data_set, asked.run)
-        spent = replace(spent, is_kept=question.is_repeated)
+        is_counted = self._has_row(asked, lambda row: row.sha256 == question.leaving)
+        spent = replace(spent, is_kept=question.is_repeated, is_counted=is_counted)
         verdict = judge(asked, self._policy, spent, self._now(), self._epsilon_of)
         self._conclude(asked, verdict)
         return event_of(asked, self._data_set.num_records) if asked.is_private else None
@@ -167,19 +172,37 @@ class SiteGate:
         asked = self._request_of(question)
         if asked.adapter is None or kept.num_bytes > asked.adapter.num_bytes:
             raise AssertionError(f"{kept.num_bytes} bytes would leave, fewer were allowed")
-        if asked.is_private != (kept.event is not None):
-            raise AssertionError("an answer of a private round knows what it cost, and no other")
         event = kept.event or event_of(asked, self._data_set.num_records)
         stage = STAGE if asked.secure_sum is None else SECURE_STAGE
-        # Another attempt masks the update that was charged with the first.
-        if stage == SECURE_STAGE and self._is_masked_before(asked, kept.sha256):
+        if kept.is_failed:
+            stage = FAILED_STAGE
+        elif stage == SECURE_STAGE:
+            if not self._has_row(asked, lambda row: row.steps > 0):
+                raise AssertionError("a masked vector would leave whose training is not charged")
             event = replace(event, steps=0)
+        self._append(question, kept, stage, event)
+
+    def record_training(self, question: Question, kept: Kept) -> None:
+        """Charge a training for a secure sum; the spend is on disk when this returns.
+
+        Raises:
+            LedgerError: It could not be written: the site may not go on to say its keys.
+        """
+        event = kept.event or event_of(self._request_of(question), self._data_set.num_records)
+        # Not the digest of the update: it does not leave, and a digest would let it be guessed.
+        nothing = replace(kept, sha256=hashlib.sha256().hexdigest(), num_bytes=0, metrics={})
+        self._append(question, nothing, TRAINED_STAGE, event)
+
+    def _append(self, question: Question, kept: Kept, stage: str, event: PrivacyEvent) -> None:
+        asked = self._request_of(question)
+        if asked.is_private != (kept.event is not None):
+            raise AssertionError("an answer of a private round knows what it cost, and no other")
         self._ledger.append(
             Entry(
                 run=asked.run,
                 bundle=asked.bundle,
                 server_round=asked.server_round,
-                stage=FAILED_STAGE if kept.is_failed else stage,
+                stage=stage,
                 adapter=question.adapter,
                 settings=asked.settings_digest,
                 sha256=kept.sha256,
@@ -213,18 +236,11 @@ class SiteGate:
         """Digest of the records that are trained on now."""
         return self._data_set.digest
 
-    def _is_masked_before(self, asked: SiteRequest, sha256: str) -> bool:
-        """Return whether the round's first masked vector is another one than these bytes."""
-        first = next(
-            (
-                row.sha256
-                for row in self._ledger.rows()
-                if (row.run, row.server_round, row.stage)
-                == (asked.run, asked.server_round, SECURE_STAGE)
-            ),
-            sha256,
-        )
-        return first != sha256
+    def _has_row(self, asked: SiteRequest, is_it: Callable[[Row], bool]) -> bool:
+        """Return whether the ledger has a row of the round that is such a one."""
+        place = (asked.run, asked.server_round)
+        rows = self._ledger.rows()
+        return any((row.run, row.server_round) == place and is_it(row) for row in rows)
 
     def __enter__(self) -> Self:
         return self

@@ -47,7 +47,7 @@ class Entry:
     bundle: str
     server_round: int
     stage: str
-    """What it is of its round: "update", or a stage of the secure sum."""
+    """What it is of its round: `client.gate` has the names."""
     adapter: str
     """Content digest of the adapter that the round came with."""
     settings: str
@@ -62,7 +62,7 @@ class Entry:
     event: PrivacyEvent
     """Steps on the data. Noise 0 says that there was none: then no epsilon bounds what the data set
     gave away, now and for life. 0 steps says that nothing of the data leaves that is not charged
-    already: another attempt of a secure sum masks the same update anew."""
+    already: a secure sum masks an update whose training has a row of its own."""
     batch: int
     """Records that a step draws in the mean: the sampling rate is this over the data set's records,
     or 1."""
@@ -123,6 +123,8 @@ class Spent:
     is_kept: bool = True
     """Whether the answer to the round at hand, if it had one, is on disk: what can be sent again.
     Who knows only the ledger supposes so; the trainer looks (client.gate)."""
+    is_counted: bool = False
+    """Whether the masked vector that would leave has its row already."""
 
 
 @dataclass

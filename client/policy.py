@@ -85,7 +85,11 @@ class TrainingRules(StrictSettings):
 
 
 class TrafficRules(StrictSettings):
-    """[traffic]: how many bytes leave. Bytes of updates; what Flower and TLS add is not counted."""
+    """[traffic]: how many bytes leave. Bytes of updates; what Flower and TLS add is not counted.
+
+    The same bytes count once, however often they are sent. Every attempt at a secure sum sends
+    other ones.
+    """
 
     uplink: Annotated[tuple[Dtype, ...], Field(strict=False)] = ()
     """Number formats of an update."""

@@ -24,6 +24,11 @@ policy_app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+_UNMASKED = (
+    "Warning: a secure sum without noise does not hide this site from a server that lies: it can "
+    "ask for two sums of like updates, with this site in one of them, and subtract; set "
+    "privacy.required = true."
+)
 
 
 @policy_app.command()
@@ -118,6 +123,8 @@ def allowed_in_words(policy: "Policy") -> list[str]:
         lines += ["Differential privacy is required in every round."]
     else:
         lines += ["A round may have no noise: nothing bounds what its update tells of the records."]
+        if sums.secure_sum_required:
+            lines += [_UNMASKED]
     lines += [f"Noise multiplier: at least {privacy.noise_floor:g}."]
     lines += [f"Norm of one record's gradient: at most {privacy.max_record_clip_norm:g}."]
     lines += [f"A data set for life: epsilon {privacy.epsilon:g} at delta {privacy.delta:g}."]

@@ -63,6 +63,17 @@ class Case:
         )
 
     @property
+    def sends_anew(self) -> bool:
+        """Whether an update would leave whose bytes the ledger does not have yet.
+
+        A plain answer is sent again as it is. Each attempt at a secure sum masks its update anew,
+        and sends it in the stage ``mask``; what follows are signatures and shares.
+        """
+        if self.request.secure_sum is None:
+            return not self.is_repeat
+        return self.request.stage not in ("agree", "reveal") and not self.spent.is_counted
+
+    @property
     def is_signed(self) -> bool:
         """Whether a signer of the policy vouches for the run, its bundle and its length."""
         asked, signers = self.request, self.policy.runs.signers
@@ -176,7 +187,7 @@ def _modules(case: Case) -> Finding:
 
 
 def _run_bytes(case: Case) -> Finding:
-    total = case.spent.num_bytes + (0 if case.is_repeat else case.facts.num_bytes)
+    total = case.spent.num_bytes + (case.facts.num_bytes if case.sends_anew else 0)
     return _at_most("the bytes of the run's updates", total, case.policy.traffic.max_run_bytes)
 
 

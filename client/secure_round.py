@@ -3,21 +3,22 @@
 The stage ``advertise`` comes with the adapter. The site trains it then, before it says its keys: so
 a site that is slow or down is missing from the roster, and costs nothing later. What it trained is
 kept like any answer (`client.answers`): as the plain change of the factors, which leaves in
-no other form than masked. Each attempt at the round's sum masks that same change.
+no other form than masked. Each attempt at the round's sum masks that same change. That a site says
+its keys tells that its training went well: so the training is in the ledger, with all its cost,
+before they leave.
 
 The other stages bring what the server relays. They are judged like the first one, by the same head
 and by what was read from its message. The masked vector is on disk, and in the ledger, before
 a byte of it leaves.
 
-    STATE/secure/run-<id>/round.json     the facts of the round's adapter
-                          attempt.json, masked: client.secure_sum_state
+    STATE/secure/run-<id>/round-<n>.json     the facts of the round's adapter
+                          attempt.json, masked, revealed: client.secure_sum_state
 
 Shape letters: N numbers of a piece of the change.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +27,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import ValidationError
 
-from client.answers import Answers, Kept
+from client.answers import KEPT_ROUNDS, Answers, Kept
 from client.reasons import Refused
 from client.request import parse_request
-from client.round import Answer, Begun, train_received
+from client.round import Answer, Begun, RoundRequest, train_received
 from client.secure_sum_state import SecureSumSite
 from client.site_state import SiteStateError
 from client.trainer import Facts, Question, Reply, Said, Trainer, facts_of
@@ -100,8 +101,9 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
     site = SecureSumSite(trainer.site.state / ROOT, run, member)
     metrics: dict[str, float] = {}
     if stage == Stage.ADVERTISE:
-        question = _trained(trainer, said, message)
-        path = _spooled(scratch, site.advertise(terms_of(question)))
+        question = _trained(trainer, site, said, message)
+        terms, is_private = terms_of(question), said.settings.noise_multiplier > 0
+        path = _spooled(scratch, site.advertise(terms, is_private=is_private))
     else:
         if message.stat().st_size > MAX_MESSAGE_BYTES:  # before it is in memory
             raise SecureSumError(
@@ -109,6 +111,8 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
                 f"{MAX_MESSAGE_BYTES}"
             )
         question, kept = _asked_again(trainer, said)
+        if stage == Stage.MASK:
+            question = replace(question, leaving=site.vector_digest)
         trainer.gate.allow(question)
         if stage == Stage.MASK:
             path = _masked(trainer, site, question, kept, message.read_bytes())
@@ -158,8 +162,8 @@ def change_bytes(trained: Adapter, received: Update, factors: str) -> bytes:
     return change_N.tobytes()
 
 
-def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
-    """Return the question of the first stage, once its answer is on disk."""
+def _trained(trainer: Trainer, sums: SecureSumSite, said: Said, message: Path) -> Question:
+    """Return the question of the first stage, once its answer is on disk and charged."""
     site, request = trainer.site, said.request
     received = trainer.opened(said, message)
     if site.rank is not None and site.rank < received.rank:
@@ -169,18 +173,21 @@ def _trained(trainer: Trainer, said: Said, message: Path) -> Question:
         )
     facts = facts_of(received, site)
     question = said.about(facts)
+    # Before the training: else it would be trained, and charged, to be refused then.
+    sums.check(terms_of(question), is_private=said.settings.noise_multiplier > 0)
     data_set = trainer.gate.data_set
 
     def train(begun: Begun) -> Answer:
         # Before the training: what is kept of it must not be taken for other records'.
-        _write(site.state, request.run, question, data_set, facts)
+        _write(site.state, question, data_set, facts)
         trained, answer = train_received(
             received, site, said.settings, request, key=trainer.key(request), begun=begun
         )
         return replace(answer, update=change_bytes(trained, received, request.trains))
 
-    trainer.kept_answer(question, train)
+    kept, _ = trainer.kept_answer(question, train)
     _refuse_other_records(_read(site.state, said), question, data_set)
+    trainer.note(question, kept, trainer.gate.record_training)
     return question
 
 
@@ -195,9 +202,10 @@ def _asked_again(trainer: Trainer, said: Said) -> tuple[Question, Kept]:
     _refuse_other_records(kept, question, trainer.gate.data_set)
     answers = Answers(trainer.site.state, said.request.run)
     answer = answers.find(said.request.server_round, question.digest)
-    if answer is None or answer.is_failed:
+    if answer is None or answer.is_failed or not answer.is_noted:
         raise SiteStateError(
-            f"what was trained for round {said.request.server_round} is gone: it cannot be summed"
+            f"what was trained for round {said.request.server_round} is gone, or not charged: it "
+            "cannot be summed"
         )
     return replace(question, is_repeated=True), answer
 
@@ -212,10 +220,8 @@ def _masked(
     # the same integers.
     rng = np.random.default_rng(int(kept.sha256, 16))
     path = site.masked_vector(request, _pieces(answers.path(kept)), kept.num_examples, rng)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = site.vector_digest
     trainer.gate.record(question, replace(kept, sha256=digest, num_bytes=path.stat().st_size))
-    answers.note(kept)
     trainer.say("masked", run=run, server_round=server_round, num_clipped=site.num_clipped)
     return path
 
@@ -244,18 +250,24 @@ def _refuse_other_records(kept: Round | None, question: Question, data_set: str)
         )
 
 
-def _path(state: Path, run: str) -> Path:
-    return state / ROOT / f"run-{run}" / "round.json"
+def _path(state: Path, request: RoundRequest) -> Path:
+    return state / ROOT / f"run-{request.run}" / f"round-{request.server_round}.json"
 
 
-def _write(state: Path, run: str, question: Question, data_set: str, facts: Facts) -> None:
+def _write(state: Path, question: Question, data_set: str, facts: Facts) -> None:
+    """Note the facts of a round, and forget those of rounds whose updates are not kept."""
     kept = Round(question=question.digest, data_set=data_set, **vars(facts))
     (state / ROOT).mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(_path(state, run), kept.model_dump_json())
+    path = _path(state, question.request)
+    write_atomically(path, kept.model_dump_json())
+    for old in path.parent.glob("round-*.json"):
+        number = int(old.stem.removeprefix("round-"))
+        if number <= question.request.server_round - KEPT_ROUNDS:
+            old.unlink()
 
 
 def _read(state: Path, said: Said) -> Round | None:
-    path = _path(state, said.request.run)
+    path = _path(state, said.request)
     if not path.is_file():
         return None
     try:

@@ -105,10 +105,7 @@ def advertise(terms: Terms, member: Membership) -> Held:
     Raises:
         SecureSumError: The cohort is smaller than the policy's.
     """
-    if terms.cohort < member.min_cohort:
-        raise SecureSumError(
-            f"the cohort is {terms.cohort}: this site's policy asks for {member.min_cohort} or more"
-        )
+    check_cohort(terms, member)
     seal_key, mask_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()
     seed, session = secrets.token_bytes(shamir.SECRET_BYTES), session_of(terms)
     unsigned = Advertisement.model_construct(
@@ -132,6 +129,18 @@ def advertise(terms: Terms, member: Membership) -> Held:
     )
     advertisement = unsigned.model_copy(update={"signature": signature})
     return _with(held, Stage.ADVERTISE, "", write(advertisement).decode())
+
+
+def check_cohort(terms: Terms, member: Membership) -> None:
+    """Return unless the cohort is smaller than the policy's.
+
+    Raises:
+        SecureSumError: It is.
+    """
+    if terms.cohort < member.min_cohort:
+        raise SecureSumError(
+            f"the cohort is {terms.cohort}: this site's policy asks for {member.min_cohort} or more"
+        )
 
 
 def share(held: Held, request: bytes, member: Membership) -> Held:

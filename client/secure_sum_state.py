@@ -2,21 +2,27 @@
 
     DIR/run-<id>/attempt.json   keys, what was asked and what was answered: client.secure_sum.Held
                  masked         the masked vector, as it leaves
+                 revealed       round and subject of each sum that it helped to open; for ever
 
 `attempt.json` is replaced in one step with each answer in it; a stage that is asked again is
 answered with the same bytes. So after a kill at any point a site never makes a second vector under
 the same keys, never reveals both kinds of share of one member, and can still help to open the sum.
 
 One attempt a run is kept, the newest. A site that has revealed its shares refuses every other
-attempt of that round: two sums of the same updates would say more than one. One process may use a
-directory at a time. The files hold keys: only their owner may read the directory.
+attempt of that round, and without noise every other round of the run over the same adapter and
+settings: two sums of the same updates would say more than one. With noise each round's update is
+drawn anew and charged, so that a run may go on after a sum that was lost. What differs a little is
+another subject, and its update nearly the same one: only noise bounds that.
+
+One process may use a directory at a time. The files hold keys: only their owner may read the
+directory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,11 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from client.reasons import Refused
 from client.secure_sum import (
     ANSWERS,
     Held,
     Membership,
     advertise,
+    check_cohort,
     is_repeated,
     mask,
     masked,
@@ -40,6 +48,8 @@ from federation.secure_messages import SecureSumError, Stage, Terms
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_REVEALED = "revealed"
 
 
 class SecureSumSite:
@@ -63,19 +73,22 @@ class SecureSumSite:
         self._directory = root / f"run-{run}"
         self._held = self._read()
 
-    def advertise(self, terms: Terms) -> bytes:
-        """Begin an attempt, or give its first answer again.
+    def check(self, terms: Terms, *, is_private: bool) -> None:
+        """Return if an attempt may begin, or is the one that is held; nothing is written.
 
         Args:
             terms: As this site knows them: the run's numbers, and the subject that it computed.
+            is_private: Whether the round's training draws noise.
 
         Raises:
             SecureSumError: The attempt is refused: too small a cohort, a round or attempt that is
                 over, or a round that this site has helped to open.
+            Refused: Without noise, this site has helped to open a sum of this subject.
+            SiteStateError: What was kept is damaged.
         """
         held = self._held
         if held is not None and held.terms == terms:
-            return held.answers[Stage.ADVERTISE].encode()
+            return
         if terms.run != self._run:
             raise SecureSumError(f"the terms are for run {terms.run}, this is {self._run}")
         if held is not None:
@@ -91,6 +104,21 @@ class SecureSumSite:
                     f"this site has helped to open the sum of round {terms.server_round}: two sums "
                     "of the same updates would say more than one, so go on to another round"
                 )
+        check_cohort(terms, self._member)
+        opened = None if is_private else self._revealed().get(terms.subject)
+        if opened is not None:
+            raise Refused(
+                "replay",
+                f"this site has helped to open the sum of round {opened} of this run, over the "
+                "same adapter with the same settings: without noise the updates would be the same "
+                "again, and two sums of them would say more than one",
+            )
+
+    def advertise(self, terms: Terms, *, is_private: bool = False) -> bytes:
+        """Begin an attempt, or give its first answer again. Arguments and errors as ``check``."""
+        self.check(terms, is_private=is_private)
+        if self._held is not None and self._held.terms == terms:
+            return self._held.answers[Stage.ADVERTISE].encode()
         held = advertise(terms, self._member)
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep(held)
@@ -107,6 +135,8 @@ class SecureSumSite:
         held = self._attempt()
         if not is_repeated(held, stage, request):
             held = ANSWERS[stage](held, request, self._member)
+            if stage == Stage.REVEAL:
+                self._note_revealed(held.terms)
             self._keep(held)
         return held.answers[stage].encode()
 
@@ -135,6 +165,14 @@ class SecureSumSite:
         # A kill before this line leaves a vector that never left; another one then replaces it.
         self._keep(masked(held, request, num_clipped))
         return self._vector
+
+    @property
+    def vector_digest(self) -> str:
+        """sha256 of the masked vector, or "" while there is none."""
+        if self._held is None or Stage.MASK not in self._held.requests:
+            return ""
+        with self._vector.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def num_clipped(self) -> int:
@@ -168,13 +206,40 @@ class SecureSumSite:
                 "attempt that is under way"
             ) from None
 
+    def _revealed(self) -> dict[str, int]:
+        """Return each subject that this site helped to open a sum of, and the first such round."""
+        path = self._directory / _REVEALED
+        found: dict[str, int] = {}
+        try:
+            for line in path.read_text("ascii").splitlines() if path.is_file() else []:
+                number, subject = line.split(" ")
+                found.setdefault(subject, int(number))
+        except ValueError:
+            raise SiteStateError(
+                f"{path} is damaged: put it back from a copy; without it this site takes part in "
+                "no further secure sum of this run that has no noise"
+            ) from None
+        return found
+
+    def _note_revealed(self, terms: Terms) -> None:
+        """Put a sum's subject on disk, before a share that helps to open it leaves."""
+        if self._revealed().get(terms.subject) is None:
+            path = self._directory / _REVEALED
+            before = path.read_text("ascii") if path.is_file() else ""
+            write_atomically(path, f"{before}{terms.server_round} {terms.subject}\n")
+
     def _remove_old(self) -> None:
-        """Remove what a kill left half written, and runs that ask no more."""
+        """Remove what a kill left half written, and the attempts of runs that ask no more."""
         self._remove_half_written()
-        for path in self._root.glob("run-*"):
+        old = time.time() - KEPT_S
+        for directory in self._root.glob("run-*"):
             with contextlib.suppress(FileNotFoundError):
-                if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
-                    shutil.rmtree(path)
+                if directory != self._directory and directory.stat().st_mtime < old:
+                    for path in directory.iterdir():
+                        if path.name != _REVEALED:
+                            path.unlink()
+                    if not (directory / _REVEALED).exists():
+                        directory.rmdir()
 
     def _remove_half_written(self) -> None:
         for path in self._directory.glob(".*"):

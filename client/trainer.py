@@ -3,8 +3,8 @@
 The order is the guarantee. Nothing is opened before its head and header were admitted, and nothing
 trained before it was allowed; the answer is on disk before it is noted as spent, and it is noted
 before a byte of it leaves. A crash between any two of these leads to the same bytes or to none, and
-never to a second draw of noise. A private round that fails is an answer too, the same for each
-cause.
+never to a second draw of noise, but for a draw that a kill left without an answer, and that only so
+often. A private round that fails is an answer too, the same for each cause.
 
 No socket and no thread here: `client.trainer_service` has those.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from client.answers import Answers, Kept
+from client.answers import MAX_BEGUN, Answers, Kept
 from client.reasons import Refused, code_and_reason
 from client.round import (
     Answer,
@@ -108,6 +108,8 @@ class Question:
     is_repeated: bool = False
     """Whether this very question was answered before: what leaves is that answer, and costs no
     privacy that is not spent already."""
+    leaving: str = ""
+    """sha256 of the masked vector that would leave, where it is made already."""
 
     @property
     def digest(self) -> str:
@@ -150,8 +152,13 @@ class Gate(Protocol):
         """Put what is about to leave into the ledger; it is on disk when this returns.
 
         Called again for an answer that is sent again: it notes an answer once. In a secure sum
-        every attempt masks the same update anew: it notes each, and charges the first.
+        every attempt masks the same update anew: it notes each, and charges none, for
+        ``record_training`` did.
         """
+        ...
+
+    def record_training(self, question: Question, kept: Kept) -> None:
+        """Charge the training for a secure sum, whose update does not leave by itself."""
         ...
 
     def membership(self) -> Membership:
@@ -228,9 +235,7 @@ class Trainer:
                 begun=begun,
             ),
         )
-        self.gate.record(question, kept)
-        answers = Answers(self.site.state, request.run)
-        answers.note(kept)
+        self.note(question, kept, self.gate.record)
         self.say(
             "answered",
             run=request.run,
@@ -241,10 +246,8 @@ class Trainer:
             training_s=round(training_s or 0.0, 4),
             num_model_loads=num_model_loads(),
         )
-        return Reply(
-            self.reply_head(kept.num_bytes, kept.metrics),
-            answers.path(kept),
-        )
+        update = Answers(self.site.state, request.run).path(kept)
+        return Reply(self.reply_head(kept.num_bytes, kept.metrics), update)
 
     def opened(self, said: Said, message: Path) -> Update:
         """Return what a message brought: opened only once the policy admits what it says of itself.
@@ -286,10 +289,28 @@ class Trainer:
                 "this site's records changed since it trained this round: go on to another",
             )
         if kept.is_failed:
-            self.gate.record(question, kept)
-            answers.note(kept)
+            self.note(question, kept, self.gate.record)
             raise RoundFailedError
         return kept, None
+
+    def note(
+        self, question: Question, kept: Kept, record: Callable[[Question, Kept], None]
+    ) -> None:
+        """Charge an answer, and note that it is charged: now it may be told that there is one.
+
+        Raises:
+            RoundFailedError: The round is private and the ledger took no row: whether the training
+                went well is not told before it is charged.
+            FedgeError: The ledger took no row in a round without noise.
+        """
+        try:
+            record(question, kept)
+            Answers(self.site.state, question.request.run).note(kept)
+        except Exception as error:
+            if not question.settings.noise_multiplier:
+                raise
+            self._say_failure(error)
+            raise RoundFailedError from None
 
     def _new_answer(
         self,
@@ -302,16 +323,23 @@ class Trainer:
 
         Which error it is may depend on the records and on the noise: on numbers that overflow, on
         memory for the records that were drawn. So once noise may have been drawn, a failure is the
-        round's answer: it is charged and kept, and whoever asks again gets no second draw.
+        round's answer: it is charged and kept, and whoever asks again gets no second draw. What a
+        kill ended is begun anew ``MAX_BEGUN`` - 1 times; then it is such a failure too.
         """
+        server_round, started = question.request.server_round, time.perf_counter()
+        if judged is not None and answers.num_begun(server_round) >= MAX_BEGUN:
+            self.say("private_round_given_up", run=question.request.run, server_round=server_round)
+            self._keep_failure(question, answers, judged)
+            raise RoundFailedError
         spent: list[PrivacyEvent] = []
 
         def begun(event: PrivacyEvent | None) -> None:
             if event != judged:
                 raise AssertionError(f"allowed was {judged}, and the training would be {event}")
-            spent.extend([event] if event else [])
+            if event is not None:
+                answers.note_begun(server_round)
+                spent.append(event)
 
-        server_round, started = question.request.server_round, time.perf_counter()
         try:
             answer = train(begun)
             self.say("trained", run=question.request.run, server_round=server_round)
