@@ -3,7 +3,8 @@
 The chain says that nobody changed a row; this says that what was written was right: each release is
 charged to every data set that shares a record with its own, once, at the sampling rate that its
 batch and the number of its records give, and its epsilon is the accountant's for all of them
-together. Reads only.
+together. What charges nothing is a masked vector, and a row before it charges its training. Reads
+only.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def check_epsilons(
         epsilon_of: The accountant.
 
     Raises:
-        LedgerError: Naming the first row whose epsilon or sampling rate is another.
+        LedgerError: Naming the first row whose epsilon or sampling rate is another, or that has
+            nothing to show for charging nothing.
     """
     with contextlib.closing(chain.connect(path, is_writer=False)) as connection:
         records = {name: chain.read_data_set(connection, path, name) for name in contents.data_sets}
@@ -53,6 +55,13 @@ def check_epsilons(
                 "budget; use the version that wrote it, and if it says the same, report this"
             )
         before = contents.rows[:index]
+        place = (row.run, row.server_round)
+        if not row.steps and not any(r.steps and (r.run, r.server_round) == place for r in before):
+            raise LedgerError(
+                f"{path}: row {row.number} charges nothing, and no row before it charges the "
+                f"training of round {row.server_round}: do not rely on its budget; use the version "
+                "that wrote it, and if it says the same, report this"
+            )
         events = [r.event for r in before if r.steps and shares(r.data_set, row.data_set)]
         found = epsilon_of([*events, row.event], row.delta)
         written = math.inf if row.epsilon is None else row.epsilon

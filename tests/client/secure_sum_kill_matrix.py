@@ -82,8 +82,8 @@ def killed_at(directory: Path, stage: Stage, change: int) -> int:
     assert cohort.sum() == expected, f"{stage}, change {change}: another sum"
     names = sorted(path.name for path in (directory / f"run-{cohort.terms.run}").iterdir())
     # What a kill left half written is removed with the next attempt, or before the next vector.
-    assert {"attempt.json", "masked"} <= set(names), names
-    assert len(names) <= 3, names
+    assert {"attempt.json", "masked", "revealed"} <= set(names), names
+    assert len(names) <= 4, names
     return code
 
 

@@ -166,6 +166,23 @@ def test_check_warns_of_what_a_lax_policy_gives_up(
         assert warning in printed
 
 
+@pytest.mark.parametrize("is_private", [True, False])
+def test_check_warns_of_a_secure_sum_without_noise(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    is_private: bool,
+) -> None:
+    text = policy_template()
+    assert text.count("\nrequired = true\n") == 1
+    path = tmp_path / "policy.toml"
+    path.write_text(text.replace("\nrequired = true\n", f"\nrequired = {is_private!s}\n".lower()))
+    assert run(monkeypatch, "policy", "check", path) == 0
+    printed = capsys.readouterr().out
+    assert ("does not hide this site from a server that lies" in printed) != is_private
+    assert "A secure sum is required" in printed
+
+
 def test_the_policy_commands_come_without_torch() -> None:
     code = (
         "import sys; import client.policy_cli, client.verdict, client.request, client.policy; "

@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import client.trainer
+from client.answers import MAX_BEGUN
 from client.batches import encode_records
+from client.chain import LedgerError
 from client.ledger import Ledger, read_ledger
 from client.model import load_tokenizer
 from client.randomness import RandomStream
@@ -148,6 +151,81 @@ def test_a_private_round_that_fails_before_its_draw_says_the_same_and_costs_noth
     assert "a site trains weights of at most 1e+06" in failure["reason"]
     assert (stages_and_events(box), drawn_from) == ([], [])
     assert update_of(box.ask(HEAD, message_with(box, b_OR=1e6)))
+
+
+def killed_in_its_draw(box: Box, monkeypatch: pytest.MonkeyPatch, head: dict[str, Any]) -> None:
+    def die(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(RandomStream, "chosen", die)
+        box.ask(head)
+
+
+def test_a_round_whose_trainer_is_killed_again_and_again_is_charged_and_drawn_no_more(
+    box: Box, monkeypatch: pytest.MonkeyPatch, drawn_from: list[tuple[int, float]]
+) -> None:
+    other = changed(HEAD, training__seed=7)
+    for number in range(MAX_BEGUN):
+        # Whatever is asked in the round: each is a draw from the same records.
+        killed_in_its_draw(box, monkeypatch, other if number % 2 else HEAD)
+    assert stages_and_events(box) == []
+    for _ in range(2):
+        assert box.ask(HEAD).head == {"code": SITE_ERROR, "reason": SENTENCE}
+        assert stages_and_events(box) == [("failed", PrivacyEvent(2.0, 4 / NUM_RECORDS, 2))]
+    assert "replay" in box.ask(other).head["reason"]
+    assert drawn_from == []
+    given_up = [values for name, values in box.said if name == "private_round_given_up"]
+    assert [values["server_round"] for values in given_up] == [1]
+    assert update_of(box.ask(HEAD | {"server_round": 2}))
+
+
+def test_a_round_that_is_killed_a_few_times_is_answered_and_charged_once(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(MAX_BEGUN - 1):
+        killed_in_its_draw(box, monkeypatch, HEAD)
+    first = update_of(box.ask(HEAD))
+    assert update_of(box.ask(HEAD)) == first
+    assert [stage for stage, _ in stages_and_events(box)] == ["update"]
+    names = {path.name for path in (box.site.state / "answers" / HEAD["run"]).iterdir()}
+    assert names == {"1.json", "1.update"}
+
+
+def test_rounds_without_noise_are_begun_as_often_as_it_takes(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, is_open = changed(HEAD, training__noise_multiplier=0.0), {"privacy__required": False}
+    trained = client.trainer.answer_received
+
+    def dying(*arguments: object, **options: object) -> Answer:
+        trained(*arguments, **options)  # type: ignore[arg-type]
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.trainer, "answer_received", dying)
+        for _ in range(MAX_BEGUN + 1):
+            with pytest.raises(SystemExit):
+                box.ask(plain, **is_open)
+    assert update_of(box.ask(plain, **is_open))
+
+
+def test_a_ledger_that_takes_no_row_tells_nobody_whether_the_training_went_well(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise LedgerError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", full)
+        went_well = box.ask(HEAD)
+        failed = box.ask(DIVERGES | {"server_round": 2}, **WILD)
+    assert went_well.head == failed.head == {"code": SITE_ERROR, "reason": SENTENCE}
+    assert went_well.update is failed.update is None
+    assert "the disk is full" in str(box.said)
+    # It is charged, and leaves, once there is a row.
+    assert update_of(box.ask(HEAD))
+    assert [stage for stage, _ in stages_and_events(box)] == ["update"]
 
 
 def test_a_round_without_noise_says_what_is_wrong(box: Box) -> None:

@@ -47,8 +47,7 @@ TERMS: dict[str, Any] = {"cohort": 4, "threshold": 3, "clip": 4e-3, "bits": 16, 
 Asks = Callable[..., Request]
 
 
-@pytest.fixture
-def asks(tiny_model: Path, tmp_path: Path) -> Asks:
+def maker(tiny_model: Path, tmp_path: Path) -> Asks:
     """Return a maker of requests; the adapter is drawn from ``seed``."""
 
     def make(seed: int = 0, **changes: Any) -> Request:
@@ -70,6 +69,11 @@ def asks(tiny_model: Path, tmp_path: Path) -> Asks:
         return Request(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def asks(tiny_model: Path, tmp_path: Path) -> Asks:
+    return maker(tiny_model, tmp_path)
 
 
 @pytest.fixture
@@ -145,6 +149,11 @@ def rows_of(sites: SecureSites, name: str) -> list[Row]:
     return read_ledger(sites.institutions[name].site.state / LEDGER).rows
 
 
+def stages_of(sites: SecureSites, name: str) -> list[tuple[str, int]]:
+    """Return of each row what it is of its round, and the steps that it charges."""
+    return [(row.stage, row.steps) for row in rows_of(sites, name)]
+
+
 def ring_sum(vectors: list[list[int]], bits: int) -> list[int]:
     """Return the sum in the ring in plain Python integers."""
     return [sum(column) % 2**bits for column in zip(*vectors, strict=True)]
@@ -212,7 +221,7 @@ def test_trainers_that_are_killed_between_all_stages_give_the_same_sum(
             sites.restarts = restarts
             secure = run_until(sites, asks())
             sums.append(pack(secure.result.elements_N, secure.result.terms.ring_bits))
-            assert [row.stage for row in rows_of(sites, "a")] == ["secure"]
+            assert [row.stage for row in rows_of(sites, "a")] == ["trained", "secure"]
     assert sums[0] == sums[1]
 
 
@@ -221,21 +230,22 @@ def test_a_round_is_trained_and_charged_once_however_many_attempts_it_takes(
 ) -> None:
     with SecureSites(tiny_model, tmp_path / "sites", **PRIVATE_LIMITS) as sites:
         run_until(sites, asks(training=PRIVATE), Stage.AGREE)
-        first, changes = change_of(sites, "a"), rows_of(sites, "a")
-        assert [(row.stage, row.steps) for row in changes] == [("secure", 2)]
+        first = change_of(sites, "a")
+        assert stages_of(sites, "a") == [("trained", 2), ("secure", 0)]
         second = run_until(sites, asks(training=PRIVATE, attempt=2))
         assert second.result.sites == ("a", "b", "c", "d")
         assert np.array_equal(change_of(sites, "a"), first)
-        rows = rows_of(sites, "a")
         # Other bytes left, of the same noisy update: noted, and not charged again.
-        assert [(row.stage, row.steps) for row in rows] == [("secure", 2), ("secure", 0)]
-        assert rows[0].sha256 != rows[1].sha256
-        assert rows[0].epsilon == rows[1].epsilon is not None
-        masked = [r for r in sites.arrived if (r.site, r.stage) == ("a", Stage.MASK)]
-        assert [len(r.update) for r in masked] == [row.num_bytes for row in rows]
+        assert stages_of(sites, "a") == [("trained", 2), ("secure", 0), ("secure", 0)]
+        trained, *masked = rows_of(sites, "a")
+        assert masked[0].sha256 != masked[1].sha256
+        assert trained.epsilon == masked[0].epsilon == masked[1].epsilon is not None
+        seen = [r for r in sites.arrived if (r.site, r.stage) == ("a", Stage.MASK)]
+        assert [len(r.update) for r in seen] == [row.num_bytes for row in masked]
+        assert (trained.num_bytes, trained.metrics) == (0, {})
 
 
-def test_a_masked_vector_that_a_kill_kept_from_the_ledger_is_charged_before_it_leaves(
+def test_a_masked_vector_that_a_kill_kept_from_the_ledger_is_in_it_before_it_leaves(
     tiny_model: Path, tmp_path: Path, asks: Asks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from client.ledger import Ledger
@@ -249,13 +259,13 @@ def test_a_masked_vector_that_a_kill_kept_from_the_ledger_is_charged_before_it_l
         with monkeypatch.context() as patched, pytest.raises(SystemExit):
             patched.setattr(Ledger, "append", die)
             run_stage(sites, request, secure)
-        assert rows_of(sites, "a") == []
+        assert stages_of(sites, "a") == [("trained", 2)]
         vector = sites.institutions["a"].site.state / "secure" / f"run-{RUN}" / "masked"
         before = vector.read_bytes()
         sites.restarts = {Stage.MASK}
         replies = run_stage(sites, request, secure)
         assert replies["a"].update == before
-        assert [(row.stage, row.steps) for row in rows_of(sites, "a")] == [("secure", 2)]
+        assert stages_of(sites, "a") == [("trained", 2), ("secure", 0)]
 
 
 def test_a_private_round_that_fails_is_charged_once_and_ends_this_sites_part_in_the_sum(
@@ -271,7 +281,7 @@ def test_a_private_round_that_fails_is_charged_once_and_ends_this_sites_part_in_
             assert errors(replies) == {
                 "error 1001: the site failed in this private round; its own log says why"
             }
-            assert [(row.stage, row.steps) for row in rows_of(sites, "a")] == [("failed", 3)]
+            assert stages_of(sites, "a") == [("failed", 3)]
         assert sites.institutions["a"].count("private_round_failed") == 1
 
 
@@ -314,7 +324,7 @@ def test_a_policy_that_became_stricter_ends_a_site_s_part_between_the_stages(
     assert "traffic.max_run_bytes" in (replies["b"].error or "")
     secure.drop("b")
     secure.close()
-    assert rows_of(sites, "b") == []
+    assert stages_of(sites, "b") == [("trained", 2)]
 
 
 def test_a_member_that_a_policy_does_not_list_gets_no_share(
@@ -352,7 +362,7 @@ def test_a_plain_question_is_refused_where_a_secure_sum_is_required_or_was_answe
         assert "replay" in (sites.receive().error or "")
         sites.send(["a"], replace(asks(), stage="", attempt=0))
         assert "says an empty stage" in (sites.receive().error or "")
-        assert len(rows_of(sites, "a")) == 1
+        assert stages_of(sites, "a") == [("trained", 2), ("secure", 0)]
 
 
 def test_another_adapter_other_terms_and_an_older_attempt_are_refused(
@@ -405,7 +415,7 @@ def test_records_that_changed_since_the_training_end_a_site_s_part(
     again = asks(attempt=2)
     replies = run_stage(sites, again, sum_of(again))
     assert "records changed since it trained this round" in (replies["c"].error or "")
-    assert rows_of(sites, "c") == []
+    assert stages_of(sites, "c") == [("trained", 2)]
 
 
 def test_a_site_of_a_lower_rank_takes_no_part(sites: SecureSites, asks: Asks) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.reasons import Refused
 from client.secure_sum_state import SecureSumSite
-from client.site_state import SiteStateError
+from client.site_state import KEPT_S, SiteStateError
 from federation.secure_messages import SecureSumError, Stage, Terms, read, session_of, write
 from tests.secure_cohort import HALF, LENGTH, Cohort, terms_of
 
@@ -138,8 +139,55 @@ def test_a_round_that_a_site_helped_to_open_is_not_opened_again(tmp_path: Path) 
     cohort.sum()
     with pytest.raises(SecureSumError, match="has helped to open the sum of round 1"):
         site.site.advertise(terms_of(4, 3, attempt=2))
-    assert site.site.advertise(terms_of(4, 3, server_round=2))
+    assert site.site.advertise(terms_of(4, 3, server_round=2, subject="6" * 64))
     assert not (site.directory / "run-beef" / "masked").exists()
+
+
+def test_without_noise_no_subject_is_opened_in_two_rounds_of_a_run(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    cohort.sum()
+    other, again = (
+        terms_of(4, 3, server_round=2, subject="6" * 64),
+        terms_of(4, 3, server_round=3),
+    )
+    assert site.site.advertise(other)
+    # The attempt that opened the sum is no longer held, and the site is started anew.
+    for _ in range(2):
+        with pytest.raises(Refused, match="replay: .* the sum of round 1 of this run") as caught:
+            site.site.advertise(again)
+        assert caught.value.rule == "replay"
+    # What was asked before the refusal is still answered, with the same bytes.
+    assert site.site.advertise(other) == site.site.advertise(other)
+    assert site.site.advertise(again, is_private=True)
+
+
+def test_a_subject_that_was_not_opened_may_be_tried_in_another_round(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    cohort.until(Stage.REVEAL)
+    assert site.site.advertise(terms_of(4, 3, server_round=2))
+
+
+def test_what_was_opened_is_remembered_when_the_run_has_slept_for_weeks(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    cohort.sum()
+    directory, asleep = site.directory / "run-beef", site.directory / "run-abc"
+    asleep.mkdir()
+    (asleep / "attempt.json").write_text("{}")
+    for old in (directory, asleep):
+        os.utime(old, (0, old.stat().st_mtime - KEPT_S - 60))
+    another = SecureSumSite(site.directory, "dead", site.member)
+    assert another.advertise(terms_of(4, 3, run="dead"))
+    assert ([path.name for path in directory.iterdir()], asleep.exists()) == (["revealed"], False)
+    with pytest.raises(Refused, match="the sum of round 1 of this run"):
+        site.site.advertise(terms_of(4, 3, server_round=2))
+
+
+def test_a_list_of_opened_sums_that_is_damaged_opens_nothing(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    cohort.sum()
+    (site.directory / "run-beef" / "revealed").write_text("one two three")
+    with pytest.raises(SiteStateError, match="revealed is damaged"):
+        site.site.advertise(terms_of(4, 3, server_round=2))
 
 
 def test_an_attempt_that_failed_is_followed_by_one_with_other_keys(tmp_path: Path) -> None:

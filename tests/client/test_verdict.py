@@ -217,12 +217,40 @@ def test_the_same_round_with_the_same_adapter_and_settings_is_allowed_and_costs_
         answered={**SPENT.answered, 4: ADAPTER, 9: OTHER},
         settings={**SPENT.settings, 4: digest, 9: OTHER},
         num_bytes=3000,
+        is_counted=True,
     )
     tight = policy(privacy__epsilon=epsilon_without_sampling(SPENT.events, 1e-6))
     assert refused_by(REQUEST, tight) == "privacy.epsilon"
     assert refused_by(REQUEST, tight, answered) == ""
     assert refused_by(changed(REQUEST, training__seed=1), tight, answered) == "replay"
     assert refused_by(changed(REQUEST, adapter__content_digest=OTHER), tight, answered) == "replay"
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_counted", "rule"),
+    [
+        ("", False, "traffic.max_run_bytes"),
+        ("advertise", False, "traffic.max_run_bytes"),
+        ("mask", False, "traffic.max_run_bytes"),
+        ("mask", True, ""),
+        ("agree", False, ""),
+        ("reveal", False, ""),
+    ],
+)
+def test_every_attempt_at_a_secure_sum_sends_bytes_of_its_own(
+    stage: str, is_counted: bool, rule: str
+) -> None:
+    """A second attempt masks the same update anew, so that other bytes leave."""
+    spent = dataclasses.replace(
+        SPENT,
+        answered={4: ADAPTER},
+        settings={4: parse_request(HEAD.encode()).settings_digest},
+        num_bytes=2001,
+        is_counted=is_counted,
+    )
+    assert (
+        refused_by(REQUEST | ({"stage": stage, "attempt": 2} if stage else {}), spent=spent) == rule
+    )
 
 
 def test_a_round_whose_settings_the_ledger_does_not_know_is_no_repeat() -> None:
