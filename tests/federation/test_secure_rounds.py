@@ -296,7 +296,8 @@ def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
     assert set(parameters["num_examples"].values()) == {None}
     for each in sites.institutions.values():
         rows = read_ledger(each.site.state / LEDGER).rows
-        assert [(row.server_round, row.stage) for row in rows] == [(1, "secure"), (2, "secure")]
+        both = [(number, stage) for number in (1, 2) for stage in ("trained", "secure")]
+        assert [(row.server_round, row.stage) for row in rows] == both
     config = json.loads((tiny_model / "config.json").read_text())
     planned = make_plan(settings(num_rounds=2), config).up.site
     seen = {(e.server_round, e.num_bytes) for e in events(settings(), UpdateReceived)}
@@ -325,10 +326,11 @@ def test_the_policy_of_a_new_site_lets_a_private_secure_run_in_once_it_names_who
     run(sites, made)
     assert [event.sites for event in events(made, SumOpened)] == [list("abcd")] * 2
     for each in sites.institutions.values():
-        first, second = read_ledger(each.site.state / LEDGER).rows
-        assert (first.stage, first.noise_multiplier, first.steps) == ("secure", 4.0, 1)
-        assert 0 < first.epsilon < second.epsilon
-        assert first.metrics == second.metrics == {}
+        first, masked, second, _ = read_ledger(each.site.state / LEDGER).rows
+        assert (first.stage, first.noise_multiplier, first.steps) == ("trained", 4.0, 1)
+        assert (masked.stage, masked.steps) == ("secure", 0)
+        assert 0 < first.epsilon == masked.epsilon < second.epsilon
+        assert first.metrics == masked.metrics == {}
 
 
 def test_sums_of_both_factors_are_the_usual_average(
