@@ -104,7 +104,7 @@ def measure_rounds(asked: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Ask a trainer round after round; return its loads and what it takes beside the training.
 
     Raises:
-        RuntimeError: It refused a round.
+        RuntimeError: It ended before its first round, or refused one.
     """
     from benchmarks.resident_sites import write_settings
     from client.site_settings import load_site
@@ -116,6 +116,7 @@ def measure_rounds(asked: argparse.Namespace, data: Path) -> dict[str, Any]:
             [sys.executable, "-m", "client.cli", "trainer", "--config", str(config)], cwd=ROOT
         )
         try:
+            _wait_for(trainer, settings.socket)
             seconds = _ask_rounds(asked, settings)
         finally:
             trainer.terminate()
@@ -136,6 +137,20 @@ def measure_rounds(asked: argparse.Namespace, data: Path) -> dict[str, Any]:
     }
 
 
+def _wait_for(trainer: subprocess.Popen[bytes], socket: Path) -> None:
+    """Return once the trainer listens.
+
+    Raises:
+        RuntimeError: It ended; why, it said on stderr.
+    """
+    while not socket.exists():
+        if trainer.poll() is not None:
+            raise RuntimeError(
+                f"the trainer ended with {trainer.returncode} before it could be asked: see above"
+            )
+        time.sleep(0.05)
+
+
 def _ask_rounds(asked: argparse.Namespace, settings: "SiteSettings") -> list[float]:
     """Return the seconds of each round, from the question to the whole answer."""
     from client.trainer_link import ask
@@ -151,8 +166,6 @@ def _ask_rounds(asked: argparse.Namespace, settings: "SiteSettings") -> list[flo
         "max_tokens": MAX_TOKENS,
         "noise_multiplier": 1.0,
     }
-    while not settings.socket.exists():
-        time.sleep(0.05)
     seconds = []
     for server_round in range(1, asked.rounds + 1):
         head = {
