@@ -1,6 +1,9 @@
 """What a secure sum costs a site, when it is charged, and what is charged to nobody twice."""
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from tests.client.test_secure_round import (
 )
 from tests.secure_sites import SecureSites
 
+ROOT = Path(__file__).parents[2]
 SENTENCE = "error 1001: the site failed in this private round; its own log says why"
 
 
@@ -239,3 +243,26 @@ def test_a_round_can_be_opened_when_the_next_one_was_begun_and_killed(
         assert errors(run_stage(sites, request, secure)) == {""}
         secure.close()
     assert secure.result.sites == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(
+    ("every", "least"), [(4, 8), pytest.param(1, 30, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+def test_a_site_that_is_killed_anywhere_in_a_secure_sum_is_charged_once_and_before_its_keys_leave(
+    tmp_path: Path, every: int, least: int
+) -> None:
+    script = Path(__file__).with_name("secure_kill_matrix.py")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", script, tmp_path, str(every)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    print(report)
+    assert report["advertise"]["kills"] >= least
+    for stage in report.values():
+        assert 0 < stage["charged"] < stage["kills"], "some died before their row, some after it"
