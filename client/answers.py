@@ -149,16 +149,12 @@ class Answers:
         return kept
 
     def num_begun(self, server_round: int) -> int:
-        """Return how often a round without an answer was begun, whatever was asked in it.
-
-        Raises:
-            SiteStateError: What was noted is damaged.
-        """
+        """Return how often a round without an answer was begun, whatever was asked in it."""
         path = self._begun_path(server_round)
         try:
             return int(path.read_text(encoding="ascii")) if path.is_file() else 0
         except ValueError:
-            raise _damaged(path) from None
+            return MAX_BEGUN  # nobody knows any more: as often as it may
 
     def note_begun(self, server_round: int) -> None:
         """Note that a private round begins, before its first draw; it is on disk then."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.answers import KEPT_ROUNDS, Answers, noted_rounds
+from client.answers import KEPT_ROUNDS, MAX_BEGUN, Answers, noted_rounds
 from client.reasons import Refused
 from client.site_state import KEPT_S, SiteStateError
 from federation.wire import WireError
@@ -71,6 +71,20 @@ def test_an_answer_is_noted_once_the_ledger_has_it(tmp_path: Path) -> None:
     assert answers.is_noted(1)
     assert answers.find(1, "q") == replace(kept, is_noted=True)
     assert list(noted_rounds(tmp_path)) == [("a1", 1)]
+
+
+def test_a_round_is_begun_once_more_in_every_life_until_it_has_an_answer(tmp_path: Path) -> None:
+    for count in range(3):
+        assert Answers(tmp_path, "a1").num_begun(2) == count
+        Answers(tmp_path, "a1").note_begun(2)
+    assert (tmp_path / "answers").stat().st_mode & 0o777 == 0o700
+    answers = Answers(tmp_path, "a1")
+    keep(answers, 1, b"update")
+    assert [answers.num_begun(number) for number in (1, 2, 3)] == [0, 3, 0]
+    (tmp_path / "answers" / "a1" / "2.begun").write_text("of")
+    assert answers.num_begun(2) == MAX_BEGUN
+    keep(answers, 2, b"update")
+    assert answers.num_begun(2) == 0
 
 
 @pytest.mark.parametrize("run", ["", "../up", "AB", "a" * 65, "a/b", "a\n"])
