@@ -136,7 +136,10 @@ def assert_charged_once(institutions: list[Institution], out: Path, rounds: list
     run = json.loads((out / "run.json").read_text())["run"]
     for site in institutions:
         rows = [r for r in read_ledger(site.directory / "state" / LEDGER).rows if r.run == run]
-        assert {(row.stage, row.steps > 0) for row in rows} == {("trained", True), ("secure", False)}
+        assert {(row.stage, row.steps > 0) for row in rows} == {
+            ("trained", True),
+            ("secure", False),
+        }
         assert [row.server_round for row in rows if row.steps] == rounds
 
 
