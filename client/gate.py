@@ -120,8 +120,8 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
-        asked = self._parsed(said.content)
         self._read_policy()
+        asked = self._parsed(said.content)
         spent = self._ledger.spent(self._data_set, asked.run)
         digest = spent.answered.get(asked.server_round, "0" * 64)
         claimed = with_claims(asked, header, rank=rank, content_digest=digest)
@@ -136,8 +136,8 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
-        asked = self._request_of(question)
         self._read_policy()
+        asked = self._request_of(question)
         spent = self._ledger.spent(self._data_set, asked.run)
         spent = replace(spent, is_kept=question.is_repeated)
         verdict = judge(asked, self._policy, spent, self._now(), self._epsilon_of)

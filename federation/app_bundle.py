@@ -6,6 +6,7 @@ With flwr's own functions, so that both are those of the run. They are not publi
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def bundle_digest(app: Path) -> str:
         SettingsError: There is no app.
     """
     try:
-        return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
+        # flwr 1.41 asks pathspec for a pattern by its old name.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            return hashlib.sha256(build_fab_from_disk(app)).hexdigest()
     except (click.ClickException, ValueError, OSError) as error:
         raise SettingsError(f"{app}: {_said(error)}: pass the directory of the app") from None
 

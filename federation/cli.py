@@ -1,4 +1,4 @@
-"""`federation`: what a run will cost, who signed it, where it stands. Flower starts it: `flwr run`."""
+"""`federation`: what a run will cost, who signed it, where it stands. `flwr run` starts it."""
 
 import time
 from collections.abc import Callable

@@ -151,8 +151,8 @@ def run_file(overrides: Mapping[str, Any], content: str, signature: str) -> str:
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     return "\n".join(
         [
-            "# A signed run: start it with `flwr run . CONNECTION -c THIS-FILE`. What was signed says",
-            "# `federation verify THIS-FILE`; if a setting is to change, sign anew.",
+            "# A signed run: start it with `flwr run . CONNECTION -c THIS-FILE`. What was signed:",
+            "# `federation verify THIS-FILE --signer KEY`. If a setting is to change, sign anew.",
             *lines,
             "[signed]",
             f"description = {json.dumps(content)}",
@@ -197,5 +197,5 @@ def check_signer(signed: SignedSettings, signer: str) -> None:
         raise SettingsError(f"--signer {signer[:80]!r}: expected 64 hex digits") from None
     if not is_signed:
         raise SettingsError(
-            f"the owner of {signer[:16]}… did not sign this: compare the key, and fetch the file again"
+            f"the owner of {signer[:16]}… did not sign this: compare the key, and get the file anew"
         )

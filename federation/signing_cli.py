@@ -121,16 +121,13 @@ def _is_signed(name: str) -> bool:
 
 
 def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False)
+    """Print one value a line, whole: what was signed is read before it is believed."""
     for name, value in result.items():
         if isinstance(value, dict):
             for key, inner in value.items():
-                table.add_row(f"{name}.{key}", str(inner))
+                typer.echo(f"{name + '.' + key:32} {inner}")
         elif isinstance(value, list):
-            table.add_row(name, ", ".join(map(str, value)) or "none")
+            for index, inner in enumerate(value or ["none"]):
+                typer.echo(f"{'' if index else name:32} {inner}")
         else:
-            table.add_row(name, "none" if value is None else str(value))
-    Console(soft_wrap=True).print(table)
+            typer.echo(f"{name:32} {'none' if value is None else value}")

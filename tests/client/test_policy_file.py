@@ -1,6 +1,7 @@
-"""The policy's file while the trainer lives: what is edited counts, what is broken lets nobody in."""
+"""The policy's file while the trainer lives: an edit counts, a broken one lets nobody in."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,17 @@ from typing import Any
 
 import pytest
 
+from client.fingerprint import fingerprint, read_secret
+from client.gate import SiteGate
+from client.ledger import Ledger, read_ledger
 from client.policy import Policy
 from client.policy_file import SETTLED_S, PolicyFile, policy_state
-from client.reasons import Refused
+from client.reasons import REFUSED, Refused
+from client.round import site_records
+from client.trainer import Trainer
+from federation.base_model import model_digest
 from federation.settings import SettingsError
+from tests.client.test_gate import HEAD, LIMITS, Box
 
 RUN, OTHER = "ab" * 16, "cd" * 16
 
@@ -160,3 +168,48 @@ def test_any_prefix_of_a_policy_that_is_left_there_is_a_policy_or_lets_nobody_in
             continue
         assert isinstance(found, Policy)
         assert found.privacy.epsilon in (0.0, 3.0)
+
+
+def toml_of(policy: dict[str, Any]) -> str:
+    """Return tables of plain values as TOML, which writes them as JSON does."""
+    return "".join(
+        f"[{table}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+        for table, values in policy.items()
+    )
+
+
+def test_one_life_of_a_trainer_lets_a_run_in_when_its_policy_is_edited(
+    officer: Officer, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    box = Box(tiny_model, tmp_path / "site")
+    models = {"models": {"base": [model_digest(tiny_model)]}}
+    open_text = toml_of(LIMITS | models)
+    closed_text = open_text.replace(HEAD["run"], OTHER)
+    ledger = Ledger.open(box.ledger)
+    data_set = fingerprint(site_records(box.site.data), read_secret(box.site.state))
+    message = tmp_path / "message"
+    message.write_bytes(box.message)
+
+    officer.write(closed_text)
+    with SiteGate(officer.file, ledger, data_set, say=officer.say) as gate:
+        trainer = Trainer(box.site, gate, officer.say)
+
+        def ask(text: str) -> tuple[int, str]:
+            officer.write(text)
+            scratch = tmp_path / f"scratch-{len(officer.said)}"
+            scratch.mkdir()
+            reply = trainer.answer(json.dumps(HEAD).encode(), message, scratch)
+            return int(reply.head["code"]), str(reply.head.get("reason"))
+
+        code, reason = ask(closed_text)
+        assert (code, "runs.allowed" in reason) == (REFUSED, True)
+        assert ask(open_text)[0] == 0
+        judged = [values for event, values in officer.said if event == "judged"]
+        assert judged[-1]["policy"] == hashlib.sha256(open_text.encode()).hexdigest()[:16]
+        code, reason = ask(open_text + "more")
+        assert (code, reason.split(":")[0]) == (REFUSED, "policy")
+        assert len(read_ledger(box.ledger).rows) == 1
+        assert ask(open_text)[0] == 0
+        # The same answer again, from disk.
+        assert len(read_ledger(box.ledger).rows) == 1
