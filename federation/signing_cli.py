@@ -27,15 +27,18 @@ def keygen(
     from federation.settings import SettingsError
     from federation.signing_key import new_key, public_half
 
+    beside = out.with_name(f"{out.name}.pub")
+    for path in (out, beside):
+        if path.exists():
+            raise SettingsError(
+                f"{path} exists already and is not overwritten, since sites list what it holds: "
+                "choose another --out"
+            )
     try:
         public = public_half(new_key(out))
-    except FileExistsError:
-        raise SettingsError(
-            f"{out} exists already and is not overwritten: sites list its public half"
-        ) from None
+        write_atomically(beside, f"{public}\n")
     except OSError as error:
         raise SettingsError(f"{out} cannot be written ({error.strerror})") from None
-    write_atomically(out.with_name(f"{out.name}.pub"), f"{public}\n")
     print_result({"key": str(out), "public_key": public}, as_json, lambda: typer.echo(public))
 
 

@@ -126,7 +126,7 @@ def test_a_setting_that_was_changed_since_is_noticed_by_the_server_s_own_app(
 def test_a_server_that_does_not_keep_to_what_was_signed_is_refused_by_the_sites(
     federation: Federation, tmp_path: Path
 ) -> None:
-    """It signs nothing itself: it has one signature, of its very own app, and tries what it likes."""
+    """It has one signature, of its very own app, and no key; it tries what it likes."""
     app = write_app(tmp_path / "app")
     server = app / "federation" / "server_app.py"
     honest = "    if run.settings.signed.signature:\n"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -167,6 +168,11 @@ def test_a_key_is_made_once_for_its_owner_alone_and_its_public_half_is_shown(
     assert coordinator.command("keygen", "--out", path) == 2
     assert "exists already and is not overwritten" in capsys.readouterr().err
     assert path.read_bytes() == before
+    # Nor is what is left of a key whose private half was taken away.
+    path.rename(path.with_name("elsewhere"))
+    assert coordinator.command("keygen", "--out", path) == 2
+    assert "coordinator.pub exists already" in capsys.readouterr().err
+    assert not path.exists()
 
 
 def test_a_run_that_was_signed_is_let_in_by_a_site_that_was_told_the_key_alone(
@@ -330,3 +336,28 @@ def test_a_signed_run_s_file_is_not_overwritten(
     assert coordinator.sign(coordinator.config) == 2
     assert "is not overwritten" in capsys.readouterr().err
     assert (coordinator.directory / "run.toml").read_text() == before
+
+
+def test_the_guide_s_commands_sign_a_run_that_starts(
+    coordinator: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs/running-across-institutions.md").read_text()
+    pattern = r"<!-- tested: signed run -->\n```bash\n(.*?)```"
+    (block,) = re.findall(pattern, guide, re.DOTALL)
+    signs, verifies, starts = block.splitlines()
+    public = coordinator.key()
+    monkeypatch.chdir(tmp_path)
+    here = {"/srv/models/base": str(coordinator.base_model), "/srv/runs/3": str(tmp_path / "run")}
+    for path, ours in here.items():
+        signs = signs.replace(path, ours)
+    words = shlex.split(signs)[1:]
+    assert words[:2] == ["sign", "."]
+    assert coordinator.command("sign", coordinator.app, *words[2:]) == 0
+    words = shlex.split(verifies.replace("$(cat coordinator.pub)", public))[1:]
+    assert coordinator.command(*words) == 0
+    assert shlex.split(starts)[-2:] == ["-c", "run.toml"]
+    grid = coordinator.start({"round_attempts": 1, "num_sites": 3})
+    assert len(grid.asked) == 3
+    policy = policy_for(public, model_digest(coordinator.base_model))
+    request = grid.request(bundle_digest(coordinator.app), tmp_path)
+    assert verdict(request, policy).rule not in ("runs.allowed", "runs.bundles")
