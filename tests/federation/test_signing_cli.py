@@ -25,6 +25,7 @@ from federation.accountant import epsilon_of
 from federation.app_bundle import bundle_digest, run_config
 from federation.base_model import model_digest
 from federation.grid_sites import bytes_of
+from federation.run_signature import difference, parse_description
 from federation.wire import open_update
 from tests.federation.test_app_bundle import write_app
 from tests.federation.test_cli import run
@@ -201,6 +202,30 @@ def test_a_run_that_was_signed_is_let_in_by_a_site_that_was_told_the_key_alone(
     assert verdict(unsigned, policy_for(public, digest)).rule == "runs.allowed"
     other = request.model_copy(update={"run": "f" * 32})
     assert "run is" in verdict(other, policy_for(public, digest)).reason
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"aggregation": "products", "adapter.energy": 0.9, "wire.uplink": "int8"},
+        {"aggregation": "factors", "adapter.targets": "attention", "wire.downlink": "int8"},
+        {"aggregation": "krum", "robust.num_byzantine": 0, "metrics": "seconds,train_loss"},
+        {"secure_sum.enabled": True, "secure_sum.clip": 1},
+        {"secure_sum.enabled": True, "aggregation": "factors", "secure_sum.max_examples": 100},
+        {"training.learning_rate": 1, "training.noise_multiplier": 0, "adapter.alpha": 1e-5},
+    ],
+    ids=str,
+)
+def test_what_a_site_is_asked_is_what_was_signed_whatever_the_kind_of_run(
+    coordinator: Coordinator, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    coordinator.key()
+    assert coordinator.sign(coordinator.config | {"round_timeout_s": 1.0} | kind) == 0
+    request = coordinator.start().request(bundle_digest(coordinator.app), tmp_path)
+    assert request.adapter is not None
+    signed = parse_description(request.description)
+    assert difference(signed, request.described(request.adapter)) == ""
+    assert (signed.secure_sum is None) == (request.secure_sum is None)
 
 
 @pytest.mark.parametrize(
