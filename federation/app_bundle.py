@@ -46,14 +46,23 @@ def run_config(app: Path, given: Sequence[str]) -> tuple[dict[str, Any], dict[st
     """
     try:
         overrides = dict(parse_config_args(list(given)))
-        return overrides, dict(get_fused_config_from_dir(app, overrides))
-    except (click.ClickException, ValueError, KeyError, OSError) as error:
+    except (click.ClickException, ValueError, OSError) as error:
         raise SettingsError(f"-c: {_said(error)}") from None
+    try:
+        values = dict(get_fused_config_from_dir(app, {}))
+    except (ValueError, KeyError, OSError) as error:
+        raise SettingsError(f"{app}: {_said(error)}: pass the directory of the app") from None
+    if unknown := [name for name in overrides if name not in values]:
+        raise SettingsError(
+            f"-c: {unknown[0]!r} is no setting of the app: its pyproject.toml has them all, under "
+            "[tool.flwr.app.config]"
+        )
+    return overrides, values | overrides
 
 
 def _said(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         return error.message
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:
         return f"{error.filename} cannot be read ({error.strerror})"
     return str(error)

@@ -3,11 +3,14 @@
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from federation.command import print_result
+
+if TYPE_CHECKING:
+    from federation.run_signature import RunDescription
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 FIX = "make one with `federation keygen --out FILE`"
@@ -62,14 +65,11 @@ def sign(
     To go on with a run that was interrupted, by another bundle or after the signature's end, sign
     it with -c 'resume="DIR"'.
     """
-    from federation.app_bundle import bundle_digest, run_config
+    from federation.app_bundle import run_config
     from federation.atomic import write_atomically
-    from federation.base_model import model_digest
-    from federation.run_directory import RunDirectory
-    from federation.run_signature import MOMENT
     from federation.run_signature import sign as signature_of
-    from federation.settings import FederationSettings, SettingsError, load_settings
-    from federation.signed_run import describe, run_file
+    from federation.settings import SettingsError
+    from federation.signed_run import run_file
     from federation.signing_key import public_half, read_key
 
     if out.suffix != ".toml":
@@ -78,25 +78,12 @@ def sign(
         raise SettingsError(f"{out} exists already and is not overwritten: choose another --out")
     private = read_key(key, what="signing key", fix=FIX)
     overrides, values = run_config(app, config or [])
-    overrides = {name: value for name, value in overrides.items() if not _is_signed(name)}
-    values = {name: value for name, value in values.items() if not _is_signed(name)}
-    settings = load_settings(FederationSettings, values, "the run config")
-    if settings.resume:
-        directory = RunDirectory.resume(Path(settings.resume))
-        settings, run, digest = directory.settings, directory.run, directory.base_model
-        where = Path(settings.base_model)
-    else:
-        where = model or Path(settings.base_model)
-        run, digest = secrets.token_hex(16), model_digest(where)
-    end = datetime.now(UTC) + timedelta(days=days)
-    description = describe(
-        settings,
-        run=run,
-        bundle=bundle_digest(app),
-        base_model=digest,
-        model=where,
-        not_after=end.strftime(MOMENT),
+    # An older signature is made anew.
+    overrides, values = (
+        {name: value for name, value in table.items() if not name.startswith("signed.")}
+        for table in (overrides, values)
     )
+    description = _description(values, app, model, days)
     signature = signature_of(private, description.content)
     write_atomically(out, run_file(overrides, description.content, signature))
     result = {"signer": public_half(private), **description.model_dump(mode="json")}
@@ -118,9 +105,33 @@ def verify(
     print_result(result, as_json, lambda: _show(result))
 
 
-def _is_signed(name: str) -> bool:
-    """Tell whether a setting belongs to an older signature: it is made anew."""
-    return name.startswith("signed.")
+def _description(
+    values: dict[str, Any], app: Path, model: Path | None, days: int
+) -> "RunDescription":
+    """Return the description of a run that is to begin, or that goes on under its own id."""
+    from federation.app_bundle import bundle_digest
+    from federation.base_model import model_digest
+    from federation.run_directory import RunDirectory
+    from federation.run_signature import MOMENT
+    from federation.settings import FederationSettings, load_settings
+    from federation.signed_run import describe
+
+    settings = load_settings(FederationSettings, values, "the run config")
+    if settings.resume:
+        begun = RunDirectory.resume(Path(settings.resume))
+        settings, run, digest = begun.settings, begun.run, begun.base_model
+        model = Path(settings.base_model)
+    else:
+        model = model or Path(settings.base_model)
+        run, digest = secrets.token_hex(16), model_digest(model)
+    return describe(
+        settings,
+        run=run,
+        bundle=bundle_digest(app),
+        base_model=digest,
+        model=model,
+        not_after=(datetime.now(UTC) + timedelta(days=days)).strftime(MOMENT),
+    )
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def test_settings_come_from_texts_or_from_one_file_and_the_rest_from_the_app(
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        (["num_round=3"], "Key 'num_round' is not present"),
+        (["num_round=3"], "'num_round' is no setting of the app"),
         (["num_rounds=three"], "invalid format"),
         (["none.toml"], "none.toml cannot be read"),
     ],
@@ -81,3 +81,5 @@ def test_what_is_no_setting_is_one_sentence(given: list[str], fault: str) -> Non
 def test_a_directory_without_an_app_has_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="pass the directory of the app"):
         bundle_digest(tmp_path)
+    with pytest.raises(SettingsError, match=r"pyproject.toml.*pass the directory of the app"):
+        run_config(tmp_path, [])
