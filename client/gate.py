@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Self
 from client.fingerprint import fingerprint, read_secret
 from client.identity import public_identity, read_identity
 from client.ledger import Entry, EpsilonOf, Ledger, Row, utc_now
-from client.policy import ANY, Policy, read_policy
+from client.policy import ANY, Policy
+from client.policy_file import PolicyFile
 from client.policy_rules import event_of
 from client.reasons import Refused
 from client.request import SiteRequest, parse_request, with_claims, with_facts
@@ -52,7 +53,7 @@ class SiteGate:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | PolicyFile,
         ledger: Ledger,
         data_set: Fingerprint,
         *,
@@ -65,7 +66,7 @@ class SiteGate:
         """Nothing is read or written yet.
 
         Args:
-            policy: Of the site.
+            policy: Of the site; of a file what it says before each judgement.
             ledger: Open for writing.
             data_set: Of the records that are trained on.
             say: Called with the name of an event and its values, for the log.
@@ -77,7 +78,8 @@ class SiteGate:
         """
         self._knows_bundle = knows_bundle
         self._identity = identity
-        self._policy = policy
+        self._file = policy if isinstance(policy, PolicyFile) else None
+        self._policy = policy if isinstance(policy, Policy) else policy.current()
         self._ledger = ledger
         self._data_set = data_set
         self._say = say
@@ -94,7 +96,7 @@ class SiteGate:
         """
         from client.round import site_records
 
-        policy = read_policy(settings.policy)
+        policy = PolicyFile(settings.policy, say)
         records = site_records(settings.data)
         has_identity = settings.identity_key is not None or settings.identity.exists()
         identity = read_identity(settings.identity) if has_identity else None
@@ -122,6 +124,7 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
+        self._read_policy()
         asked = self._parsed(said.content)
         spent = self._ledger.spent(self._data_set, asked.run)
         digest = spent.answered.get(asked.server_round, "0" * 64)
@@ -137,6 +140,7 @@ class SiteGate:
             Refused: With the rule that it breaks.
             RequestError: It is no request.
         """
+        self._read_policy()
         asked = self._request_of(question)
         spent = self._ledger.spent(self._data_set, asked.run)
         is_counted = self._has_row(asked, lambda row: row.sha256 == question.leaving)
@@ -144,6 +148,17 @@ class SiteGate:
         verdict = judge(asked, self._policy, spent, self._now(), self._epsilon_of)
         self._conclude(asked, verdict)
         return event_of(asked, self._data_set.num_records) if asked.is_private else None
+
+    def _read_policy(self) -> None:
+        """Judge from here on by what the policy's file says now.
+
+        What follows a verdict (`release`, `record`, `membership`) keeps to the policy of it.
+
+        Raises:
+            Refused: The file is no policy now.
+        """
+        if self._file is not None:
+            self._policy = self._file.current()
 
     def _conclude(self, asked: SiteRequest, verdict: Verdict) -> None:
         self._say(
@@ -153,6 +168,7 @@ class SiteGate:
             is_allowed=verdict.is_allowed,
             rule=verdict.rule,
             reason=verdict.reason,
+            policy=self._file.digest[:16] if self._file else "",
         )
         if not verdict.is_allowed:
             raise Refused(verdict.rule, verdict.reason)

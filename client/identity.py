@@ -7,15 +7,14 @@ could play all members but one (federation.secure_sum).
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.check import Check, first_problem, skipped
 from client.policy import ANY, Policy
-from federation.atomic import sync_directory
 from federation.settings import SettingsError
+from federation.signing_key import new_key, public_half, read_key
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,24 +28,8 @@ def read_identity(path: Path) -> Ed25519PrivateKey:
     Raises:
         SettingsError: The file is missing or holds no unencrypted Ed25519 key in PEM.
     """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except OSError as error:
-        raise SettingsError(
-            f"identity key {path.name} cannot be read ({error.strerror}): `client identity`, as "
-            "the user that runs the trainer, makes one where there is none"
-        ) from None
-    except (ValueError, TypeError):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise SettingsError(
-            f"identity key {path.name} holds no unencrypted Ed25519 key in PEM: make one with "
-            "`client identity`"
-        )
-    return key
+    fix = "`client identity`, as the user that runs the trainer, makes one where there is none"
+    return read_key(path, what="identity key", fix=fix)
 
 
 def new_identity(path: Path) -> Ed25519PrivateKey:
@@ -55,35 +38,15 @@ def new_identity(path: Path) -> Ed25519PrivateKey:
     Raises:
         SettingsError: There is a file already: the other sites' policies list its public half.
     """
-    if path.exists():
-        raise SettingsError(f"{path} exists already: a site keeps its identity for life")
-    key, pem = generate_identity()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not by way of `federation.atomic`, whose files all may read.
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_directory(path.parent)
-    return key
-
-
-def generate_identity() -> tuple[Ed25519PrivateKey, bytes]:
-    """Return a new key, and what its file holds."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-    )
-
-    key = Ed25519PrivateKey.generate()
-    return key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    try:
+        return new_key(path)
+    except FileExistsError:
+        raise SettingsError(f"{path} exists already: a site keeps its identity for life") from None
 
 
 def public_identity(key: Ed25519PrivateKey) -> str:
     """Return the public half as policies list it: 64 hex digits."""
-    return key.public_key().public_bytes_raw().hex()
+    return public_half(key)
 
 
 def check_identity(place: Place, public: str, policy: Policy | str, *, is_named: bool) -> Check:

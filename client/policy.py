@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from client.request import MetricName, StrictSettings
 from federation.header import MAX_ALPHA, MAX_RANK
-from federation.settings import AGGREGATIONS, Dtype, load_settings, read_toml
+from federation.settings import AGGREGATIONS, Dtype, load_settings, parse_toml, read_toml
 
 ANY = "any"
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
@@ -48,8 +48,9 @@ class RunRules(StrictSettings):
     allowed: Annotated[tuple[RunOrAny, ...], Field(strict=False)] = ()
     """Ids of runs, 32 hex digits, or "any"."""
     signers: Annotated[tuple[PublicKey, ...], Field(strict=False)] = ()
-    """Ed25519 public keys, 64 hex digits. One whose signature covers the run's description
-    (federation.run_signature), its bundle and number of rounds among it, lets the run in."""
+    """Ed25519 public keys, 64 hex digits. One that signed the run's description
+    (federation.run_signature), its bundle and number of rounds among it, lets the run in as long
+    as what is asked is what was signed."""
     bundles: Annotated[tuple[DigestOrAny, ...], Field(strict=False)] = ()
     """sha256 of the app bundles that a run may carry, or "any". A bundle named in a signed
     description is allowed by the signature. A resident node runs no code of a bundle; a stock
@@ -235,6 +236,15 @@ def read_policy(path: Path) -> Policy:
         SettingsError: It is missing or not TOML, a key is unknown, or a value is out of its range.
     """
     return load_settings(Policy, read_toml(path), str(path))
+
+
+def parse_policy(content: bytes, source: str) -> Policy:
+    """Return the policy of a file's content; ``source`` names it in an error.
+
+    Raises:
+        SettingsError: As `read_policy`.
+    """
+    return load_settings(Policy, parse_toml(content, source), source)
 
 
 def _zone(name: str) -> tzinfo:

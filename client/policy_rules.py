@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from client.ledger import EpsilonOf, Spent
 from client.policy import ANY, Policy
@@ -23,7 +24,7 @@ from client.request import AdapterFacts, SiteRequest
 from client.settings import LEAST_CLIP_NORM
 from federation.accountant import PrivacyEvent
 from federation.metrics import DATA_METRICS
-from federation.run_signature import is_signed_by
+from federation.run_signature import difference, is_over, is_signed_by, parse_description
 
 _MAX_SHOWN = 80
 
@@ -73,14 +74,24 @@ class Case:
             return not self.is_repeat
         return self.request.stage not in ("agree", "reveal") and not self.spent.is_counted
 
-    @property
-    def is_signed(self) -> bool:
-        """Whether a signer of the policy vouches for the run, its bundle and its length."""
+    @cached_property
+    def unsigned(self) -> str:
+        """Why no signer of the policy vouches for the run as it is asked here; "" = one does."""
         asked, signers = self.request, self.policy.runs.signers
-        if not (asked.signature and asked.num_rounds and signers):
-            return False
-        description = asked.description(self.facts.base_model)
-        return any(is_signed_by(key, asked.signature, description) for key in signers)
+        if not asked.signature:
+            return "no signature"
+        if not any(is_signed_by(key, asked.signature, asked.description) for key in signers):
+            return "a signature that no listed signer gave to this description"
+        try:
+            signed = parse_description(asked.description)
+        except ValueError as error:
+            return f"a signature, of {error}"
+        if is_over(signed, self.now):
+            return f"a signature that ended at {signed.not_after}"
+        if not asked.num_rounds:
+            return "a signature, but does not say num_rounds"
+        fault = difference(signed, asked.described(self.facts))
+        return f"a signature of another description: {fault}" if fault else ""
 
 
 def event_of(request: SiteRequest, num_records: int) -> PrivacyEvent:
@@ -139,23 +150,16 @@ def _run(case: Case) -> Finding:
     limit = f"{finding.limit}; or signed by one of {len(rules.signers)} signers"
     if finding.is_allowed:
         return _finding(True, asked.run, limit, "")
-    if case.is_signed:
+    if not case.unsigned:
         return _finding(True, f"{asked.run}, signed", limit, "")
-    signature = "no signature"
-    if asked.signature:
-        signature = (
-            "a signature that no listed signer gave to this description"
-            if asked.num_rounds
-            else "a signature, but does not say num_rounds"
-        )
-    reason = f"{finding.reason}, and has {signature}"
-    return _finding(False, f"{asked.run}, {signature}", limit, reason)
+    reason = f"{finding.reason}, and has {case.unsigned}"
+    return _finding(False, f"{asked.run}, {case.unsigned}", limit, reason)
 
 
 def _bundle(case: Case) -> Finding:
     bundle = case.request.bundle
     finding = _listed("bundle", bundle, case.policy.runs.bundles)
-    if not finding.is_allowed and bundle and case.is_signed:
+    if not finding.is_allowed and bundle and not case.unsigned:
         return _finding(True, f"{_brief(bundle)}, signed", finding.limit, "")
     return finding
 

@@ -20,7 +20,8 @@ base = []
 [runs]
 # Ids of the runs that may ask, or "any". Every run named here may use up what is allowed below.
 allowed = []
-# Ed25519 public keys (64 hex digits): runs that one of them signed may ask too.
+# Ed25519 public keys (64 hex digits), such as `federation keygen` prints: runs that one of them
+# signed may ask too, exactly as they were signed.
 signers = []
 # sha256 of the app bundles that a run may carry, or "any". A resident node runs no code of one. A
 # stock SuperNode does, and cannot tell the trainer which: there only "any" lets a run in.

@@ -26,7 +26,12 @@ from client.settings import TrainingSettings
 from federation.errors import UserError
 from federation.header import MAX_ALPHA, MAX_RANK, Header, message_bytes, num_numbers
 from federation.metrics import METRICS
-from federation.run_signature import canonical_json, run_description
+from federation.run_signature import (
+    MAX_DESCRIPTION,
+    RunDescription,
+    canonical_json,
+    module_kinds,
+)
 from federation.settings import AGGREGATIONS, Dtype, Settings
 
 MAX_HEAD_BYTES = 64 << 10
@@ -130,6 +135,8 @@ class SiteRequest(StrictSettings):
     settings: they say how often and how far the one update of a round is asked for."""
     attempt: Annotated[int, Field(ge=0, le=MAX_ATTEMPTS)] = 0
     """Number of this try at the round's sum, from 1 on; 0 = not said."""
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION, pattern="^[ -~]*$")] = ""
+    """Of the run, as it was signed (federation.run_signature); empty = it is not signed."""
     signature: Annotated[str, Field(pattern="^([0-9a-f]{128})?$")] = ""
     """Ed25519 over ``description``."""
     adapter: AdapterFacts | None = None
@@ -189,24 +196,38 @@ class SiteRequest(StrictSettings):
 
         Who asks is no part of it: a run that is resumed with another bundle asks the same.
         """
-        who = {"bundle", "signature"}
+        who = {"bundle", "description", "signature"}
         said = self.model_dump(mode="json", exclude={"adapter", "stage", "attempt", *who})
         return hashlib.sha256(canonical_json(said)).hexdigest()
 
-    def description(self, base_model: str) -> bytes:
-        """Return what a signature of this run covers (federation.run_signature)."""
+    def described(self, facts: AdapterFacts) -> RunDescription:
+        """Return what a description of the run has to say for this request to be of it.
+
+        Args:
+            facts: Of its adapter.
+
+        Raises:
+            ValidationError: The request does not say ``num_rounds``.
+        """
         terms = self.secure_sum
-        return run_description(
+        return RunDescription(
             run=self.run,
             bundle=self.bundle,
-            base_model=base_model,
-            aggregation=self.aggregation,
+            base_model=facts.base_model,
             num_rounds=self.num_rounds,
+            aggregation=self.aggregation,
+            factors="one" if len(self.trains) == 1 else "both",
+            rank=facts.rank,
+            alpha=facts.alpha,
+            modules=module_kinds(facts.modules),
+            num_modules=len(facts.modules),
             uplink=self.uplink,
             downlink=self.downlink,
             training=self.training,
             metrics=self.metrics,
+            cohort=self.cohort or (0 if terms is None else terms.cohort),
             secure_sum=None if terms is None else terms.model_dump(),
+            not_after="",
         )
 
 

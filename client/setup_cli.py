@@ -134,7 +134,8 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
         )
     if not (made.policy.runs.allowed or made.policy.runs.signers):
         steps.append(
-            f"Allow a run in {policy}, [runs] allowed: the id in its run.json, once it runs."
+            f"Let runs in, in {policy}, [runs]: the coordinator's public key under signers (those "
+            "that it signs), or the id of one run under allowed."
         )
     steps.append(f"Read what the policy allows: client policy check {policy}")
     if made.settings.socket == Path(TWO_CONTAINERS["trainer"]):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client.identity import generate_identity, public_identity
+from client.identity import public_identity
 from client.policy import Policy
 from client.policy_template import policy_template
 from client.service_units import DIRECTORY, TWO_USERS, service_units
@@ -27,6 +27,7 @@ from client.site_template import site_template
 from federation.atomic import sync_directory
 from federation.errors import UserError
 from federation.settings import load_settings
+from federation.signing_key import generate_key
 
 SITE, POLICY, NODE_KEY, IDENTITY, STATE = "site.toml", "policy.toml", "node", "identity", "state"
 
@@ -93,7 +94,7 @@ def make_site(
     settings = site_settings(tomllib.loads(site_text), directory, SITE)
     policy = load_settings(Policy, tomllib.loads(policy_text), POLICY)
     keys = _node_key()
-    identity, pem = generate_identity()
+    identity, pem = generate_key()
     units = service_units(settings, directory / SITE, client) if client else {}
     files = [
         *keys,

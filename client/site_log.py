@@ -23,6 +23,7 @@ _LEVEL_OF = {
     "child_ended": "warning",
     "reply_lost": "warning",
     "run_over": "warning",
+    "policy_invalid": "error",
     "trainer_closed": "warning",
 }
 """Level of an event; all others are "info"."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.health import Status, read_status
+from client.policy_file import policy_state
 from client.site_settings import SiteSettings
 
 
@@ -18,6 +19,7 @@ def site_status(settings: SiteSettings) -> dict[str, Any]:
     values = asdict(status or Status(0, node=settings.node))
     if not is_running:
         values |= {"pid": 0, "is_connected": False, "is_trainer_up": False}
+    values["policy"] = policy_state(settings.policy)
     return {"name": settings.name, "is_running": is_running, **values}
 
 
@@ -33,6 +35,7 @@ def describe(status: dict[str, Any]) -> str:
         "now": f"answers {doing}" if status["is_busy"] else f"waits; last was {doing}",
         "answers": f"{status['num_answered']}, the last at {status['last_answer_at'] or '-'}",
         "refused": str(status["num_refused"]),
+        "policy": status["policy"],
         "restarts": str(status["restarts"]),
     }
     return "\n".join(f"{name:12} {value}" for name, value in lines.items())

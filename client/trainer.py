@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 KeyOf = Callable[[RoundRequest], bytes]
 """The key of a round's random numbers: `client.randomness.RandomStream`."""
-_NOT_ASKED = ("bundle", "signature", "stage", "attempt")
+_NOT_ASKED = ("bundle", "description", "signature", "stage", "attempt")
 """Keys of a head that say who asks, and how far a secure sum is: not what is to be trained."""
 
 

@@ -1,4 +1,4 @@
-"""`federation`: what a run will cost, and where one stands. Flower starts runs: `flwr run .`."""
+"""`federation`: what a run will cost, who signed it, where it stands. `flwr run` starts it."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from federation.command import print_result, run_command
+from federation.signing_cli import keygen, sign, verify
 
 app = typer.Typer(
     help="The server side of a federation. Start a run with `flwr run .`; see README.md.",
@@ -15,6 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for _command in (keygen, sign, verify):
+    app.command()(_command)
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 

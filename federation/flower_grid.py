@@ -1,6 +1,7 @@
 """A run's messages to its sites and their replies, with flwr's own client of the SuperLink.
 
-This is the one file of this room that uses names of flwr that are not public.
+With `federation.app_bundle` this is the one file of this room that uses names of flwr that are not
+public.
 `tests/federation/test_flower_grid.py` holds each of them to the signature that it had in the
 versions named there. Of other grids (a simulation's) the public functions are used.
 

@@ -80,6 +80,8 @@ def request_of(
         num_rounds=settings.num_rounds,
         cohort=settings.quorum,
         metrics=settings.asked_metrics,
+        description=settings.signed.description,
+        signature=settings.signed.signature,
         simulation={
             "base_model": settings.base_model,
             "simulated_sites": settings.simulated_sites,

@@ -237,6 +237,8 @@ def round_values(request: Request) -> dict[str, Any]:
         "cohort": request.cohort,
         "metrics": list(request.metrics),
     }
+    if request.signature:
+        values |= {"description": request.description, "signature": request.signature}
     if request.secure_sum is None:
         return values
     terms = {f"secure_sum.{name}": value for name, value in request.secure_sum.items()}

@@ -90,6 +90,7 @@ def run_rounds(
     sites: Sites,
     settings: FederationSettings,
     *,
+    check: Callable[[RunDirectory], None] = lambda _: None,
     on_event: Callable[[events.Event], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -98,6 +99,14 @@ def run_rounds(
 
     The layout of the run's directory: federation.run_directory.
 
+    Args:
+        sites: Whom to ask.
+        settings: Of the run; one that is resumed has its own.
+        check: Called before anything is written or asked; what it raises ends the run.
+        on_event: Hears what the log does.
+        clock: Seconds, monotonic.
+        sleep: Waits that many seconds.
+
     Raises:
         UserError: The base model is missing, the run's directory is not empty, or the run to
             resume is not there or damaged.
@@ -105,8 +114,11 @@ def run_rounds(
     """
     resumes = bool(settings.resume)
     directory = (
-        RunDirectory.resume(Path(settings.resume)) if resumes else RunDirectory.start(settings)
+        RunDirectory.resume(Path(settings.resume), settings.signed)
+        if resumes
+        else RunDirectory.start(settings)
     )
+    check(directory)
     settings = directory.settings
     with directory:
         log = events.EventLog(directory.path / "events.jsonl", on_event)

@@ -32,7 +32,8 @@ from federation.adapter import LowRank, read_adapter
 from federation.atomic import new_directory, sync_directory, write_atomically
 from federation.base_model import model_digest
 from federation.errors import UserError
-from federation.settings import FederationSettings, load_settings
+from federation.settings import FederationSettings, SignedSettings, load_settings
+from federation.signed_run import signed_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,12 +72,17 @@ class RunDirectory:
             UserError: The base model is missing, or the directory is not empty.
         """
         _refuse_used(Path(settings.out))
+        run = signed_id(settings) or secrets.token_hex(16)
         digest = model_digest(Path(settings.base_model))
-        return cls(settings, secrets.token_hex(16), digest, is_new=True)
+        return cls(settings, run, digest, is_new=True)
 
     @classmethod
-    def resume(cls, path: Path) -> Self:
+    def resume(cls, path: Path, signed: SignedSettings | None = None) -> Self:
         """Go on with an interrupted run, under the settings that it began with.
+
+        Args:
+            path: Its directory.
+            signed: A newer signature of the run; without one the first goes on.
 
         Raises:
             ResumeError: There is no run, or its last round is damaged.
@@ -95,6 +101,8 @@ class RunDirectory:
         except (ValueError, KeyError, TypeError):
             raise ResumeError(f"{description_path} is damaged: start a new run") from None
         settings = load_settings(FederationSettings, values, str(description_path))
+        if signed is not None and signed.signature:
+            settings = settings.model_copy(update={"signed": signed})
         seen = model_digest(Path(settings.base_model))
         if seen != digest:
             raise ResumeError(

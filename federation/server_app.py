@@ -5,6 +5,7 @@ Nothing heavy is imported here: Flower loads this module in every process of a r
 
 import os
 import sys
+from datetime import UTC, datetime
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -22,7 +23,9 @@ from federation.events import (
 from federation.exchange import LIFETIME
 from federation.grid_sites import GridSites
 from federation.rounds import run_rounds
+from federation.run_directory import RunDirectory
 from federation.settings import FederationSettings, load_settings
+from federation.signed_run import check_signed
 
 app = ServerApp()
 
@@ -33,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         settings = load_settings(FederationSettings, context.run_config, "the run config")
         sites = GridSites(grid, LIFETIME * settings.round_timeout_s)
-        directory = run_rounds(sites, settings, on_event=_say)
+        directory = run_rounds(sites, settings, check=lambda run: _check(run, grid), on_event=_say)
     except FedgeError as error:
         # One sentence in the run's log instead of a traceback; the run counts as failed.
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -41,6 +44,22 @@ def main(grid: Grid, context: Context) -> None:
             raise
         sys.exit(error.exit_code)
     print(f"adapter: {directory}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _check(run: RunDirectory, grid: Grid) -> None:
+    """Let a signed run begin only as it was signed: a site would refuse each of its rounds.
+
+    Raises:
+        SettingsError: It is another run than the one that was signed; the field is named.
+    """
+    if run.settings.signed.signature:
+        check_signed(
+            run.settings,
+            run=run.run,
+            bundle=grid.run.fab_hash,
+            base_model=run.base_model,
+            now=datetime.now(UTC),
+        )
 
 
 def _say(event: Event) -> None:

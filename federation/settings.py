@@ -105,6 +105,16 @@ class SecureSumSettings(Settings):
     """Longest wait for the replies of a stage that trains nothing."""
 
 
+class SignedSettings(Settings):
+    """A run that its owner signed beforehand: `federation sign` writes both."""
+
+    description: Annotated[str, Field(max_length=32 << 10)] = ""
+    """What was signed, as JSON (federation.run_signature); it names the run. Empty = not signed:
+    every site has to name the run in its policy."""
+    signature: Annotated[str, Field(pattern="^([0-9a-f]{128})?$")] = ""
+    """Ed25519, 128 hex digits."""
+
+
 AGGREGATIONS = Literal[
     "products",
     "factors",
@@ -159,6 +169,7 @@ class FederationSettings(Settings):
     server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
     robust: RobustSettings = RobustSettings()
     secure_sum: SecureSumSettings = SecureSumSettings()
+    signed: SignedSettings = SignedSettings()
     training: dict[str, Any] = {}
     """Passed on to the sites as it is: client.settings.TrainingSettings."""
 
@@ -326,10 +337,19 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise SettingsError(f"{path} does not exist: pass a TOML file")
+    return parse_toml(path.read_bytes(), str(path))
+
+
+def parse_toml(content: bytes, source: str) -> dict[str, Any]:
+    """Return the tables of a TOML file's content.
+
+    Raises:
+        SettingsError: It is not TOML.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(content.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not TOML: {error}") from None
+        raise SettingsError(f"{source} is not TOML: {error}") from None
 
 
 def _describe(kind: type[Settings], error: ValidationError) -> str:

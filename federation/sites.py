@@ -43,6 +43,10 @@ class Request:
     not an adapter."""
     attempt: int = 0
     """At the round's secure sum, from 1 on."""
+    description: str = ""
+    """Of the run, as its owner signed it (federation.run_signature); empty = not signed."""
+    signature: str = ""
+    """Of ``description``."""
     max_reply_bytes: int = 1 << 62
     """A longer update is refused, where it can be before it is in memory."""
     simulation: Mapping[str, str] | None = None

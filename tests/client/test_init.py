@@ -49,7 +49,7 @@ def test_a_new_site_loads_with_all_that_was_said(
     assert policy.models.base == (model_digest(tiny_model),)
     assert policy.runs.signers == (SIGNER,)
     assert said["base_models"] == list(policy.models.base)
-    assert not any("Fill in" in step or "Allow a run" in step for step in said["next"])
+    assert not any("Fill in" in step or "Let runs in" in step for step in said["next"])
     assert said["public_key"] == (tmp_path / "site" / "node.pub").read_text().strip()
 
 

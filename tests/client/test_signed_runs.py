@@ -1,36 +1,40 @@
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.request import parse_request
+from client.verdict import judge
 from tests.client.policy_example import (
     BASE,
+    NOW,
     OTHER,
     OTHER_RUN,
     REQUEST,
+    SPENT,
     changed,
+    epsilon_without_sampling,
     policy,
     refused_by,
 )
 
-
-def signed(request: dict[str, Any], key: Ed25519PrivateKey) -> dict[str, Any]:
-    """Sign the description as a coordinator in any language would: from its definition."""
-    described = {
-        key_: request[key_]
-        for key_ in ("run", "bundle", "aggregation", "num_rounds", "uplink", "downlink")
-    } | {
-        "base_model": BASE,
-        "training": request["training"],
-        "metrics": request["metrics"],
-        "secure_sum": request["secure_sum"],
-    }
-    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
-    message = b"fedge run description, version 1\n" + text.encode()
-    return request | {"signature": key.sign(message).hex()}
-
-
+DESCRIBED: dict[str, Any] = {
+    **{name: REQUEST[name] for name in ("run", "bundle", "aggregation", "uplink", "downlink")},
+    **{name: REQUEST[name] for name in ("training", "metrics", "secure_sum")},
+    "base_model": BASE,
+    "num_rounds": 4,
+    "factors": "one",
+    "rank": 16,
+    "alpha": 32.0,
+    "modules": ["model.layers.*.mlp.up_proj", "model.layers.*.self_attn.q_proj"],
+    "num_modules": 2,
+    "cohort": 5,
+    "not_after": "2026-11-24T12:00:00Z",
+}
+"""What `REQUEST` has to be signed as, written by hand."""
+ASKED = changed(REQUEST, num_rounds=4)
 SIGNER = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SIGNED_ONLY = policy(
     runs__allowed=[],
@@ -39,39 +43,151 @@ SIGNED_ONLY = policy(
 )
 
 
+def signed(
+    request: dict[str, Any], key: Ed25519PrivateKey, described: dict[str, Any] | str = DESCRIBED
+) -> dict[str, Any]:
+    """Sign a description as a coordinator in any language would: from its definition."""
+    text = described
+    if isinstance(described, dict):
+        text = json.dumps(described, sort_keys=True, separators=(",", ":"))
+    assert isinstance(text, str)
+    message = b"fedge run description, version 2\n" + text.encode()
+    return request | {"description": text, "signature": key.sign(message).hex()}
+
+
+def reason(request: dict[str, Any], now: datetime = NOW) -> str:
+    asked = parse_request(json.dumps(request).encode())
+    return judge(asked, SIGNED_ONLY, SPENT, now, epsilon_without_sampling).reason
+
+
 def test_a_signed_run_is_let_in_with_its_bundle() -> None:
-    request = changed(REQUEST, num_rounds=4)
+    assert refused_by(ASKED, SIGNED_ONLY) == "runs.allowed"
+    assert "and has no signature" in reason(ASKED)
+    assert refused_by(signed(ASKED, SIGNER), SIGNED_ONLY) == ""
+
+
+def test_a_stranger_s_signature_lets_nobody_in() -> None:
+    request = signed(ASKED, Ed25519PrivateKey.generate())
     assert refused_by(request, SIGNED_ONLY) == "runs.allowed"
-    assert refused_by(signed(request, SIGNER), SIGNED_ONLY) == ""
-    assert refused_by(signed(request, Ed25519PrivateKey.generate()), SIGNED_ONLY) == "runs.allowed"
+    assert "that no listed signer gave to this description" in reason(request)
+
+
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"run": OTHER_RUN}, f'run is "{OTHER_RUN}", signed is "0123456789abcdef0123456789abcdef"'),
+    ({"bundle": OTHER}, "bundle is dddddddddddddddd…, signed is cccccccccccccccc…"),
+    ({"num_rounds": 5}, "num_rounds is 5, signed is 4"),
+    ({"downlink": "int8"}, 'downlink is "int8", signed is "float32"'),
+    ({"uplink": "float32"}, 'uplink is "float32", signed is "bfloat16"'),
+    ({"aggregation": "products"}, 'aggregation is "products", signed is "alternating"'),
+    ({"trains": "AB"}, 'factors is "both", signed is "one"'),
+    ({"training__seed": 1}, "training.seed is 1, signed is none"),
+    ({"training__num_steps": 7}, "training.num_steps is 7, signed is 8"),
+    ({"training__noise_multiplier": 4}, "training.noise_multiplier is 4, signed is 4.0"),
+    ({"metrics": ["seconds"]}, 'metrics is ["seconds"], signed is ["seconds", "train_loss"]'),
+    ({"metrics": ["train_loss", "seconds"]}, "metrics is"),
+    ({"secure_sum__cohort": 6}, "cohort is 6, signed is 5"),
+    ({"secure_sum__threshold": 5}, "secure_sum.threshold is 5, signed is 4"),
+    ({"secure_sum__clip": 2.5}, "secure_sum.clip is 2.5, signed is 1.5"),
+    ({"secure_sum": None, "cohort": 5}, "secure_sum.bits is none, signed is 24"),
+    ({"secure_sum": None, "cohort": 4}, "cohort is 4, signed is 5"),
+    ({"adapter__base_model": OTHER}, "base_model is dddddddddddddddd…"),
+    ({"adapter__rank": 17}, "rank is 17, signed is at most 16"),
+    ({"adapter__alpha": 16.0}, "alpha is 16.0, signed is 32.0"),
+    ({"adapter__modules": ["model.layers.0.mlp.up_proj"]}, 'modules is ["model.layers.*.mlp'),
+    (
+        {"adapter__modules": [f"model.layers.{n}.mlp.up_proj" for n in range(2)]},
+        'modules is ["model.layers.*.mlp.up_proj"], signed is ["model.layers.*.mlp.up_proj", ',
+    ),
+    (
+        {"adapter__modules": [*REQUEST["adapter"]["modules"], "model.layers.1.mlp.up_proj"]},
+        "num_modules is 3, signed is 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), OTHERS, ids=[str(change) for change, _ in OTHERS])
+def test_a_signature_covers_each_part_of_the_description(
+    change: dict[str, Any], sentence: str
+) -> None:
+    rules = SIGNED_ONLY.model_copy(update={"models": policy(models__base=["any"]).models})
+    request = changed(signed(ASKED, SIGNER), **change)
+    assert refused_by(request, rules) == "runs.allowed"
+    judged = judge(
+        parse_request(json.dumps(request).encode()), rules, SPENT, NOW, epsilon_without_sampling
+    )
+    assert "and has a signature of another description: " in judged.reason
+    assert sentence in judged.reason
+
+
+def test_every_field_of_a_description_is_held_to_what_is_asked() -> None:
+    """A field that is signed and compared with nothing would promise what nobody checks."""
+    other: dict[str, Any] = {
+        "num_rounds": 5,
+        "rank": 15,
+        "alpha": 1.0,
+        "num_modules": 9,
+        "modules": ["model.*"],
+        "metrics": [],
+        "cohort": 9,
+        "secure_sum": None,
+        "training": {},
+        "aggregation": "products",
+        "factors": "both",
+        "uplink": "int4",
+        "downlink": "int4",
+        "run": OTHER_RUN,
+        "bundle": OTHER,
+        "base_model": OTHER,
+        "not_after": "2026-11-24T11:59:59Z",
+    }
+    assert other.keys() == DESCRIBED.keys()
+    for name, value in other.items():
+        request = signed(ASKED, SIGNER, DESCRIBED | {name: value})
+        assert refused_by(request, SIGNED_ONLY) == "runs.allowed", name
+
+
+def test_a_run_has_to_say_its_number_of_rounds_and_a_lower_rank_of_a_site_is_no_other_run() -> None:
+    request = signed(ASKED, SIGNER)
+    assert "but does not say num_rounds" in reason(changed(request, num_rounds=0))
+    assert refused_by(changed(request, adapter__rank=4), SIGNED_ONLY) == ""
+
+
+def test_a_signature_ends() -> None:
+    request = signed(ASKED, SIGNER)
+    late = datetime(2026, 11, 24, 12, 0, 1, tzinfo=UTC)
+    assert reason(request, late).endswith("and has a signature that ended at 2026-11-24T12:00:00Z")
+    assert refused_by(request, SIGNED_ONLY, now=late - timedelta(seconds=1)) == ""
 
 
 @pytest.mark.parametrize(
-    "change",
+    "text",
     [
-        {"run": OTHER_RUN},
-        {"bundle": OTHER},
-        {"num_rounds": 5},
-        {"num_rounds": 0},
-        {"downlink": "int8"},
-        {"training__seed": 1},
-        {"training__num_steps": 7},
-        {"metrics": ["seconds"]},
-        {"metrics": ["train_loss", "seconds"]},
-        {"secure_sum__cohort": 6},
-        {"adapter__base_model": OTHER},
-        {"aggregation": "products"},
-        {"uplink": "float32"},
+        "",
+        "{}",
+        "[" * 20_000,
+        json.dumps(DESCRIBED, sort_keys=True),
+        json.dumps(DESCRIBED | {"more": 1}, sort_keys=True, separators=(",", ":")),
+        json.dumps(DESCRIBED | {"not_after": "2026-99-24T12:00:00Z"}, sort_keys=True).replace(
+            ": ", ":"
+        ),
+        '{"run":"0","run":"1"}',
     ],
-    ids=str,
+    ids=["nothing", "empty", "deep", "spaces", "unknown field", "no date", "a key twice"],
 )
-def test_a_signature_covers_each_part_of_the_description(change: dict[str, Any]) -> None:
-    request = signed(changed(REQUEST, num_rounds=4), SIGNER)
-    rules = SIGNED_ONLY.model_copy(update={"models": policy(models__base=["any"]).models})
+def test_what_is_no_description_lets_nobody_in_whoever_signed_it(text: str) -> None:
+    request = signed(ASKED, SIGNER, text)
+    assert refused_by(request, SIGNED_ONLY) == "runs.allowed"
+    assert "no description of a run that this version can read" in reason(request)
+
+
+def test_a_site_that_cannot_know_the_bundle_asks_its_policy_for_any() -> None:
+    request = changed(signed(ASKED, SIGNER), bundle="")
+    assert refused_by(request, SIGNED_ONLY) == "runs.bundles"
+    rules = policy(runs__allowed=[], runs__bundles=["any"], runs__signers=SIGNED_ONLY.runs.signers)
     assert refused_by(request, rules) == ""
-    assert refused_by(changed(request, **change), rules) == "runs.allowed"
 
 
 def test_a_signed_run_still_has_to_keep_within_the_policy() -> None:
-    request = signed(changed(REQUEST, num_rounds=9, training__num_steps=9), SIGNER)
+    described = changed(DESCRIBED, num_rounds=9, training__num_steps=9)
+    request = signed(changed(ASKED, num_rounds=9, training__num_steps=9), SIGNER, described)
     assert refused_by(request, SIGNED_ONLY) == "training.max_steps"
