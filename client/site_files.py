@@ -296,14 +296,15 @@ def check_state(place: Place, uid: int, policy: Policy | str, *, name: str = "st
         name: Key in site.toml.
     """
     path = place.path
+    owner = "daemon" if name == "node_state" else "trainer"
     if place.is_hidden:
-        return skipped(name, f"this user may not see {path}")
+        fix = f"run this as the {owner}'s user, or as root"
+        return Check(name, "fail", f"this user may not see {path}", fix)
     if not place.is_there:
         return Check(name, "warn", f"{path} does not exist", "it is made at the first start")
     largest = 0 if isinstance(policy, str) else policy.traffic.max_round_bytes
     mode = f"mode {place.mode:04o}"
     said = f"{gib(place.free_bytes)} free, {place.filesystem}, {mode}"
-    owner = "daemon" if name == "node_state" else "trainer"
     kind = place.filesystem
     return first_problem(
         name,

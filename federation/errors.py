@@ -14,6 +14,7 @@
     - BudgetError            federation.accountant: no noise keeps within this budget
     - FingerprintError       client.fingerprint: the secret of a site's fingerprints
     - NotALedgerError        client.chain: there is no ledger in that place
+    - ClosedError            client.health: a file that is another user's
   - EventLogError            federation.events: a line of a run's log that cannot be read
   - WireError                federation.wire: bytes that are not the update they claim to be
     - MissingReferenceError  federation.wire: a change of an adapter that this side does not hold
