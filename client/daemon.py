@@ -324,9 +324,9 @@ def _supervise(life: _Life, trainer: Child | None, config: Path | None) -> None:
     try:
         while not life.stop.wait(0.2):
             _keep_up(life, trainer)
+            if not supernode.is_running:  # no moment in which it runs unchecked
+                refuse_shared_user(settings, config)
             if life.health.status.is_trainer_up:
-                if not supernode.is_running:  # no moment in which it runs unchecked
-                    refuse_shared_user(settings, config)
                 supernode.keep_up()
             life.health.update(is_supernode_up=supernode.is_running)
     finally:
