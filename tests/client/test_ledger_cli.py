@@ -50,6 +50,13 @@ def test_a_site_toml_leads_to_the_ledger_and_to_the_limit(monkeypatch, capsys, f
     site.with_name("policy.toml").write_text("[privacy]\nepsilon = 8.0\n")
     assert run(monkeypatch, "ledger", "show", site) == 0
     assert "4.001 of 8" in capsys.readouterr().out
+    monkeypatch.setenv("HOME", str(site.parent))  # as load_site reads them
+    elsewhere = site.parent / "elsewhere" / "site.toml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text('state = "~/state"\npolicy = "~/policy.toml"\n')
+    for place in (elsewhere, "~/elsewhere/site.toml"):
+        assert run(monkeypatch, "ledger", "show", place) == 0
+        assert "4.001 of 8" in capsys.readouterr().out
     site.write_text('data = "a.jsonl"\n')
     assert run(monkeypatch, "ledger", "show", site) == 2
     assert "`state` is missing" in capsys.readouterr().err
