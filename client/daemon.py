@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 TRAINER_PATIENCE_S = 120.0
 """How long a trainer may end again and again: longer than a machine takes to free its memory."""
+TRAINER_START_S = 20.0
+"""How long the node waits for its first trainer before it connects without."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
 GOODBYE_S = 10.0
@@ -148,7 +150,6 @@ def _serve(life: _Life, trainer: Child | None) -> None:
             life.health.update(is_connected=event != "superlink_away")
         life.log.say(event, **values)
 
-    _keep_up(life, trainer)
     node = FleetNode(
         settings.superlink,
         settings.root_certificate,
@@ -158,6 +159,7 @@ def _serve(life: _Life, trainer: Child | None) -> None:
         say=say,
         max_message_bytes=settings.max_message_bytes,
     )
+    _await_trainer(life, trainer)  # after key and certificate were looked at
     with contextlib.suppress(Stopped), node:
         answered_at = float("-inf")
         while not life.stop.is_set():
@@ -213,6 +215,22 @@ def _keep_up(life: _Life, trainer: Child | None) -> None:
     is_up = peer == "answers" and (trainer is None or trainer.is_running)
     restarts = sum(child.restarts for child in life.children)
     life.health.update(is_trainer_up=is_up, restarts=restarts)
+
+
+def _await_trainer(life: _Life, trainer: Child | None) -> None:
+    """Start the trainer, and give it a while: a mistake in its files ends it in its first seconds.
+
+    Afterwards nobody looks before the SuperLink has answered, which may take days.
+
+    Raises:
+        ChildError: It ended, and needs a change.
+    """
+    _keep_up(life, trainer)
+    deadline = time.monotonic() + TRAINER_START_S
+    while trainer is not None and not life.health.status.is_trainer_up:
+        if time.monotonic() > deadline or life.stop.wait(0.05):
+            return
+        _keep_up(life, trainer)
 
 
 def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:

@@ -368,9 +368,8 @@ def check_ledger(
     if found is None:
         return ok(name, "none yet: nothing has left this site")
     if isinstance(found, str):
-        return Check(
-            name, "fail", found, "put it back from a backup; nothing is answered till then"
-        )
+        fix = "one that is damaged comes back from a backup; nothing is answered till then"
+        return Check(name, "fail", found, fix)
     if num_charged and not secret.is_there:
         said = f"{secret.path.name} is gone: the ledger cannot tell that it knows a record"
         return Check(name, "fail", said, "put it back from a backup")
