@@ -58,10 +58,8 @@ class ClosedError(UserError):
     def __init__(self, path: Path) -> None:
         """Say whose ``path`` is, and how to read it all the same."""
         me, owner = _user_name(os.geteuid()), owner_of(path)
-        super().__init__(
-            f"{path} may not be read by user {me}: run this as user {owner} (sudo -u {owner} …) "
-            "or as root"
-        )
+        other = "" if owner == "root" else f"user {owner} (sudo -u {owner} …) or "
+        super().__init__(f"{path} may not be read by user {me}: run this as {other}root")
 
 
 class Health:

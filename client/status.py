@@ -46,12 +46,13 @@ def describe(status: dict[str, Any]) -> str:
     """Return a status for people."""
     if not status["is_running"]:
         return "the daemon does not run: start it with `client daemon --config site.toml`"
-    doing = f"round {status['server_round']} of run {status['run'] or '-'}"
+    doing = f"round {status['server_round']} of run {status['run']}"
+    last = f"last was {doing}" if status["run"] else "nothing was asked yet"
     lines = {
         "daemon": f"process {status['pid']}, {status['node']} node",
         "coordinator": describe_connection(status),
         "trainer": "up" if status["is_trainer_up"] else "down",
-        "now": f"answers {doing}" if status["is_busy"] else f"waits; last was {doing}",
+        "now": f"answers {doing}" if status["is_busy"] else f"waits; {last}",
         "answers": f"{status['num_answered']}, the last at {status['last_answer_at'] or '-'}",
         "refused": str(status["num_refused"]),
         "restarts": str(status["restarts"]),

@@ -21,6 +21,7 @@
   - AggregationError         federation.aggregation: updates that cannot be averaged
   - RoundError               federation.exchange: too few sites answered
   - FleetError               client.superlink: the SuperLink refused a request
+    - CertificateError       client.superlink: the SuperLink's certificate is not one to trust
   - RunOverError             client.superlink: nobody waits for a reply any more
   - Stopped                  client.superlink: the node was told to leave
   - LinkError                client.trainer_link: no question or no answer

@@ -15,6 +15,7 @@ import pytest
 
 from client import coordinator
 from client.coordinator import Answer, ask_superlink, read_certificates
+from federation.errors import UserError
 from tests.client.checks import level
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deployment"))
@@ -41,6 +42,13 @@ def test_a_servers_own_certificate_is_no_ca(tmp_path: Path) -> None:
     path = issue_server_certificate(tmp_path, "proxy", ["localhost"])
     check = coordinator.check_certificate(read_certificates(path), datetime.now(UTC))
     assert (level(check), "not only of a CA" in check.found) == ("warn", True)
+
+
+@pytest.mark.parametrize("content", ["", "hello", "-----BEGIN CERTIFICATE-----\nx\n"])
+def test_a_file_without_a_certificate_is_said_to_be_one(tmp_path: Path, content: str) -> None:
+    (tmp_path / "ca.crt").write_text(content)
+    with pytest.raises(UserError, match=r"ca\.crt holds no certificate in PEM"):
+        read_certificates(tmp_path / "ca.crt")
 
 
 @contextlib.contextmanager

@@ -21,12 +21,14 @@ from client.child import Child, ChildError
 from client.claim import claim
 from client.daemon import pause_s
 from client.health import Health, Status, health_endpoint, read_status
+from client.site_directory import make_site
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
 from client.status import describe, site_status
 from federation.errors import UserError
 from federation.settings import SettingsError
 from tests.client.test_cli import run
+from tests.client.test_coordinator import make_authority
 from tests.client.test_peer import grpc_server, leave_behind
 
 SITE = {
@@ -89,6 +91,7 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_defaults(
         ),
         ({"node": "other"}, "setting 'node' is 'other'"),
         ({"rank": 0}, "setting 'rank' is 0"),
+        ({"superlink": "flower.example:70000"}, "expected HOST:PORT without https://"),
         ({"health": "0.0.0.0:80"}, "setting 'health' is '0.0.0.0:80'"),
         ({"health": "127.0.0.1:70000"}, "expected a port up to 65535"),
         ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: allow_same_user,"),
@@ -229,8 +232,9 @@ def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
     child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
     child.keep_up()
     ended(child)
-    with pytest.raises(ChildError, match="it needs a change that only you can make"):
+    with pytest.raises(ChildError, match="it needs a change that only you can make") as no:
         child.keep_up()
+    assert no.value.exit_code == 2
 
 
 def test_a_program_that_does_not_end_is_made_to() -> None:
@@ -368,7 +372,7 @@ def test_another_user_is_told_that_the_state_is_not_for_him(
     lines = said.err.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert "may not be read by user nobody: run this as user root (sudo -u root …)" in line
+        assert "may not be read by user nobody: run this as root" in line
 
 
 def test_of_the_trainers_half_only_the_trainer_is_asked(
@@ -424,6 +428,19 @@ def test_a_daemon_without_a_key_says_so_and_ends_with_2(config: Path) -> None:
     assert done.returncode == 2
     assert "error: node_key node: No such file or directory" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_daemon_whose_trainer_needs_a_change_ends_though_no_superlink_answers(
+    tmp_path: Path,
+) -> None:
+    made = make_site(tmp_path / "site", known={"superlink": "127.0.0.1:1"})
+    make_authority(made.directory)  # ca.crt, as the template names it
+    done = run_client("daemon", "--config", str(made.directory / "site.toml"))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert "records.jsonl does not exist or is not a file" in lines[0]  # the trainer's
+    assert "the trainer ended with exit code 2: it needs a change" in lines[1]
+    assert len(lines) == 2
 
 
 def test_status_of_a_daemon_that_does_not_run_is_exit_1(config: Path) -> None:

@@ -191,7 +191,7 @@ def test_who_may_read_nothing_is_told_so_line_by_line(site: Path) -> None:
     for name in ("state", "ledger", "daemon"):
         assert levels[name] == "fail", name
     (daemon,) = [check for check in halves if check.name == "daemon"]
-    assert "may not be read by user nobody: run this as user root" in daemon.found
+    assert "may not be read by user nobody: run this as root" in daemon.found
 
 
 def test_the_guide_names_every_check(site: Path) -> None:
