@@ -137,9 +137,8 @@ def run_ours(
     ):
         run(made, words)
         parts = parts_of(out, sites)
-    events = read_events(out / "events.jsonl")
+    events = list(read_events(out / "events.jsonl"))
     times = [at.timestamp() for at, event in events if isinstance(event, RoundFinished)]
-    events = read_events(out / "events.jsonl")
     sizes = [event.num_bytes for _, event in events if isinstance(event, UpdateReceived)]
     return differences(times, asked.rounds), max(sizes), parts
 

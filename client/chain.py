@@ -161,6 +161,7 @@ def create(path: Path) -> None:
 
     Raises:
         LedgerError: Its head file is there already and says that it had rows.
+        UserError: It cannot be written.
     """
     if head_path(path).exists() and (head := read_head(path)).count:
         raise LedgerError(
@@ -172,13 +173,18 @@ def create(path: Path) -> None:
         new.with_name(new.name + suffix).unlink(missing_ok=True)
     # Its -wal and -shm get the same mode from SQLite.
     os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    with contextlib.closing(connect(new, is_writer=True)) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")  # the file remembers it
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in SCHEMA:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("COMMIT")
+    try:
+        with contextlib.closing(connect(new, is_writer=True)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")  # the file remembers it
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"{path} cannot be made ({error}): free some space there, or mount it for writing"
+        ) from None
     write_head(path, EMPTY)
     new.replace(path)
     sync_directory(path.parent)
@@ -188,8 +194,14 @@ def connect(path: Path, *, is_writer: bool) -> sqlite3.Connection:
     """Open the file. A reader sees what was committed, and changes nothing.
 
     Raises:
-        NotALedgerError: It cannot be opened, or is no SQLite file.
+        NotALedgerError: It is no SQLite file.
+        UserError: It is another user's, or the disk does not let SQLite open it.
     """
+    if path.is_file() and not os.access(path, os.R_OK, effective_ids=True):
+        raise UserError(
+            f"{path} may not be read by this user: run this as the user that runs the trainer, or "
+            "as root"
+        )
     try:
         connection = sqlite3.connect(
             f"file:{quote(str(path.absolute()))}?mode={'rw' if is_writer else 'ro'}",
@@ -199,8 +211,18 @@ def connect(path: Path, *, is_writer: bool) -> sqlite3.Connection:
         )
         connection.execute("PRAGMA synchronous = FULL")  # a commit is on disk when it returns
     except sqlite3.DatabaseError as error:
-        raise NotALedgerError(f"{path} is not a ledger ({error})") from None
+        raise _unopened(path, error) from None
     return connection
+
+
+def _unopened(path: Path, error: sqlite3.DatabaseError) -> UserError:
+    """Tell a file that is no ledger from a disk that does not let SQLite read one."""
+    if isinstance(error, sqlite3.OperationalError) and path.is_file():
+        return UserError(
+            f"{path} cannot be opened ({error}): look for a full disk, or one that cannot be "
+            "written; the file itself may be whole"
+        )
+    return NotALedgerError(f"{path} is not a ledger ({error})")
 
 
 def check_kind(connection: sqlite3.Connection, path: Path) -> None:
@@ -214,7 +236,7 @@ def check_kind(connection: sqlite3.Connection, path: Path) -> None:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         statements = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master") if sql}
     except sqlite3.DatabaseError as error:
-        raise NotALedgerError(f"{path} is not a ledger ({error})") from None
+        raise _unopened(path, error) from None
     if found != APPLICATION_ID:
         raise NotALedgerError(f"{path} is not a ledger: it is another SQLite file")
     if statements != set(SCHEMA):

@@ -19,7 +19,11 @@ RETRY_S = (0.5, 15.0)
 
 
 class ChildError(FedgeError):
-    """A program of the site ends as soon as it is started."""
+    """A program of the site ends as soon as it is started.
+
+    Its exit code is 2 where the program's was: then no restart helps before the user has changed
+    something.
+    """
 
 
 class Child:
@@ -113,10 +117,20 @@ class Child:
         if self._failing_since is None or code == -signal.SIGKILL:  # killed: not its own failing
             self._failing_since = now
         if now - self._failing_since >= self._patience_s or code == 2:
-            why = "it needs a change that only you can make" if code == 2 else "its log says why"
-            raise ChildError(
-                f"the {self._name} ended with exit code {code}, and has done no work for "
-                f"{now - self._failing_since:.0f} s: {why}"
-            )
+            raise _given_up(self._name, code, now - self._failing_since)
         self._next_start = now + self._wait
         self._wait = min(2 * self._wait, self._longest)
+
+
+def _given_up(name: str, code: int, seconds: float) -> ChildError:
+    if code == 2:
+        error = ChildError(
+            f"the {name} ended with exit code 2: it needs a change that only you can make, and its "
+            "last line says which"
+        )
+        error.exit_code = 2
+        return error
+    return ChildError(
+        f"the {name} ended with exit code {code}, and has done no work for {seconds:.0f} s: its "
+        "log says why"
+    )

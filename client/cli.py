@@ -130,7 +130,7 @@ def daemon(config: Config) -> None:
 
     settings = load_site(config)
     command = [sys.executable, "-m", "client.cli", "trainer", "--config", str(config.absolute())]
-    run_daemon(settings, command)
+    run_daemon(settings, command, config=config)
 
 
 @app.command()
@@ -162,14 +162,34 @@ def identity(config: Config, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(config: Config, as_json: Json = False) -> None:
-    """Say how this site's daemon is: connected or not, its run and round, its last answer."""
-    from client.site_settings import load_site
-    from client.status import describe, site_status
+def status(
+    config: Config,
+    part: Annotated[
+        str, typer.Option(help="trainer: only whether it takes connections; it knows no more.")
+    ] = "both",
+    as_json: Json = False,
+) -> None:
+    """Say how this site's daemon is: connected or not, its run and round, its last answer.
 
-    result = site_status(load_site(config))
-    print_result(result, as_json, lambda: typer.echo(describe(result)))
-    if not result["is_running"]:
+    Ends with 1 if what was asked for does not run, and with 2 if this user may not know.
+    """
+    from client.site_settings import load_site
+    from client.status import describe, site_status, trainer_status
+    from federation.settings import SettingsError
+
+    settings = load_site(config)
+    if part == "trainer":
+        result = trainer_status(settings)
+        is_there = bool(result["is_trainer_up"])
+        text = f"trainer      {'up' if is_there else 'down: its log says why'}"
+    elif part == "both":
+        result = site_status(settings)
+        is_there = bool(result["is_running"])
+        text = describe(result)
+    else:
+        raise SettingsError(f"--part is {part!r}: expected trainer or both")
+    print_result(result, as_json, lambda: typer.echo(text))
+    if not is_there:
         raise typer.Exit(1)
 
 

@@ -18,6 +18,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from client.check import Check, Level, first_problem, ok, skipped
+from federation.errors import UserError
 
 PATH = "/v1/fleet/pull-messages"
 """Where a site asks for work."""
@@ -59,19 +60,24 @@ def read_certificates(path: Path) -> tuple[Certificate, ...]:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It holds none.
+        UserError: It holds none, or one that is damaged.
     """
     from cryptography import x509
 
-    return tuple(
-        Certificate(
-            certificate.subject.rfc4514_string(),
-            certificate.not_valid_before_utc,
-            certificate.not_valid_after_utc,
-            _is_authority(certificate.extensions),
+    try:
+        return tuple(
+            Certificate(
+                certificate.subject.rfc4514_string(),
+                certificate.not_valid_before_utc,
+                certificate.not_valid_after_utc,
+                _is_authority(certificate.extensions),
+            )
+            for certificate in x509.load_pem_x509_certificates(path.read_bytes())
         )
-        for certificate in x509.load_pem_x509_certificates(path.read_bytes())
-    )
+    except ValueError:
+        raise UserError(
+            f"{path.name} holds no certificate in PEM (-----BEGIN CERTIFICATE-----)"
+        ) from None
 
 
 def ask_superlink(address: str, root_certificate: Path, timeout_s: float = TIMEOUT_S) -> Answer:

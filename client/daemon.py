@@ -16,13 +16,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.child import Child, ChildError
 from client.claim import claim
 from client.health import Health, Status, health_endpoint
+from client.peer import peer_at
 from client.process import keep_to_itself
 from client.reasons import SITE_ERROR
 from client.site_log import SiteLog
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 TRAINER_PATIENCE_S = 120.0
 """How long a trainer may end again and again: longer than a machine takes to free its memory."""
+TRAINER_START_S = 20.0
+"""How long the node waits for its first trainer before it connects without."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
 GOODBYE_S = 10.0
@@ -69,17 +73,27 @@ class _Life:
             self.drained_at = time.monotonic() + self.settings.drain_s
             self.stop.set()
 
+    def status(self) -> Status:
+        """Return the status with the trainer as it is now.
+
+        The loop may have waited for the SuperLink, or for an answer, since it last looked.
+        """
+        return replace(self.health.status, is_trainer_up=peer_at(self.settings.socket) == "answers")
+
     def is_patient(self) -> bool:
         """Whether the round in hand may go on."""
         return time.monotonic() < self.drained_at
 
 
-def run_daemon(settings: SiteSettings, trainer_command: Sequence[str]) -> None:
+def run_daemon(
+    settings: SiteSettings, trainer_command: Sequence[str], *, config: Path | None = None
+) -> None:
     """Serve until SIGTERM; the round in hand is answered first.
 
     Args:
         settings: Of the site.
         trainer_command: What starts the trainer as a child; "--parent PID" is added.
+        config: The site.toml that the settings are from, which a SuperNode may not change.
 
     Raises:
         UserError: Another daemon has the state, the SuperLink does not take the key, or a stock
@@ -89,25 +103,29 @@ def run_daemon(settings: SiteSettings, trainer_command: Sequence[str]) -> None:
     keep_to_itself()
     log = SiteLog("daemon", settings.log, settings.log_level)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(claim(settings.memory, "daemon"))
+        # A moment, for `client status` holds the lock too while it looks.
+        stack.enter_context(claim(settings.memory, "daemon", wait_s=0.5))
         status = Status(os.getpid(), node=settings.node)
+        if settings.node == "supernode":
+            status = replace(status, is_connected=None, is_supernode_up=False)
         health = Health(status, settings.memory / "status.json")
         life = _Life(settings, log, health, threading.Event())
         signal.signal(signal.SIGTERM, life.leave)
         signal.signal(signal.SIGINT, life.leave)
         if settings.health:
-            stack.enter_context(health_endpoint(settings.health, lambda: health.status))
+            stack.enter_context(health_endpoint(settings.health, life.status))
         log.say("daemon_ready", node=settings.node)
         trainer = _trainer_child(life, trainer_command)
         try:
             if settings.node == "resident":
                 _serve(life, trainer)
             else:
-                _supervise(life, trainer)
+                _supervise(life, trainer, config)
         finally:
             if trainer is not None:
                 trainer.end(GOODBYE_S)
-            health.update(is_connected=False, is_trainer_up=False, is_busy=False)
+            node = "is_connected" if settings.node == "resident" else "is_supernode_up"
+            health.update(**{node: False}, is_trainer_up=False, is_busy=False)
             log.say("daemon_left")
 
 
@@ -132,7 +150,6 @@ def _serve(life: _Life, trainer: Child | None) -> None:
             life.health.update(is_connected=event != "superlink_away")
         life.log.say(event, **values)
 
-    _keep_up(life, trainer)
     node = FleetNode(
         settings.superlink,
         settings.root_certificate,
@@ -142,6 +159,7 @@ def _serve(life: _Life, trainer: Child | None) -> None:
         say=say,
         max_message_bytes=settings.max_message_bytes,
     )
+    _await_trainer(life, trainer)  # after key and certificate were looked at
     with contextlib.suppress(Stopped), node:
         answered_at = float("-inf")
         while not life.stop.is_set():
@@ -189,16 +207,30 @@ def _refuse(node: FleetNode, asked: Asked) -> None:
 def _keep_up(life: _Life, trainer: Child | None) -> None:
     if trainer is not None:
         trainer.keep_up()
-    try:
-        is_there = life.settings.socket.exists()
-    except PermissionError:  # for good if socket_group is wrong; or the trainer is not ready yet
-        is_there = False
-        if not life.is_closed_said:
-            life.is_closed_said = True
-            life.log.say("trainer_closed", setting="socket_group")
-    is_up = is_there and (trainer is None or trainer.is_running)
+    peer = peer_at(life.settings.socket)
+    # For good if socket_group is wrong; or the trainer is not ready yet.
+    if peer == "forbidden" and not life.is_closed_said:
+        life.is_closed_said = True
+        life.log.say("trainer_closed", setting="socket_group")
+    is_up = peer == "answers" and (trainer is None or trainer.is_running)
     restarts = sum(child.restarts for child in life.children)
     life.health.update(is_trainer_up=is_up, restarts=restarts)
+
+
+def _await_trainer(life: _Life, trainer: Child | None) -> None:
+    """Start the trainer, and give it a while: a mistake in its files ends it in its first seconds.
+
+    Afterwards nobody looks before the SuperLink has answered, which may take days.
+
+    Raises:
+        ChildError: It ended, and needs a change.
+    """
+    _keep_up(life, trainer)
+    deadline = time.monotonic() + TRAINER_START_S
+    while trainer is not None and not life.health.status.is_trainer_up:
+        if time.monotonic() > deadline or life.stop.wait(0.05):
+            return
+        _keep_up(life, trainer)
 
 
 def _answer(life: _Life, node: FleetNode, trainer: Child | None, asked: Asked) -> None:
@@ -294,7 +326,7 @@ def _number(group: str) -> int:
     return int(group) if group.isdecimal() and len(group) < 10 else 0
 
 
-def _supervise(life: _Life, trainer: Child | None) -> None:
+def _supervise(life: _Life, trainer: Child | None, config: Path | None) -> None:
     """Keep a stock SuperNode running beside the trainer."""
     settings = life.settings
     with _free_port() as port:
@@ -310,12 +342,11 @@ def _supervise(life: _Life, trainer: Child | None) -> None:
     try:
         while not life.stop.wait(0.2):
             _keep_up(life, trainer)
+            if not supernode.is_running:  # no moment in which it runs unchecked
+                refuse_shared_user(settings, config)
             if life.health.status.is_trainer_up:
-                if not supernode.is_running:  # no moment in which it runs unchecked
-                    refuse_shared_user(settings)
                 supernode.keep_up()
-            # Whether the SuperLink answers is the SuperNode's own secret: it ends when it does not.
-            life.health.update(is_connected=supernode.is_running)
+            life.health.update(is_supernode_up=supernode.is_running)
     finally:
         supernode.end(GOODBYE_S)
 

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Literal
 
 from client import coordinator, machine, site_files
-from client.check import Check, ok, skipped
+from client.check import Check, first_problem, ok, skipped
+from client.health import ClosedError
 from client.identity import check_identity, public_identity, read_identity
+from client.peer import Peer, peer_at
 from client.site_files import attempt, look
 from client.site_settings import SiteSettings, load_site
 from client.site_template import PLACEHOLDERS
+from client.status import describe_connection, site_status
+from client.supernode import refuse_shared_user
 from client.trainer_link import LONGEST_PATH
+from federation.errors import UserError
 
 Part = Literal["node", "trainer"]
 PARTS: tuple[Part, ...] = ("node", "trainer")
-Peer = Literal["listening", "absent", "forbidden"]
-"""What is at a socket."""
 
 
 def examine(
@@ -52,10 +55,11 @@ def examine(
     read = settings if isinstance(settings, SiteSettings) else None
     if "trainer" in parts:
         yield from _trainer_checks(read, is_quick=is_quick)
-    if read is not None and "node" in parts:
+    if config is not None and read is not None and "node" in parts:
         yield from _node_checks(read, is_quick=is_quick)
+        yield check_supernode(read, config)
     if read is not None:
-        yield check_socket(read, _peer_at(read.socket), parts)
+        yield check_socket(read, peer_at(read.socket), parts)
 
 
 def check_settings(
@@ -97,14 +101,51 @@ def check_socket(settings: SiteSettings, peer: Peer, parts: Collection[Part]) ->
     if settings.socket_group and not _group_is_known(settings.socket_group):
         said = f"socket_group {settings.socket_group!r} is no group of this machine"
         return Check(name, "fail", said, f"groupadd --system {settings.socket_group}")
-    if peer == "listening":
-        return ok(name, f"{said}; a trainer listens")
-    if peer == "forbidden":
-        fix = f"add this user to group {settings.socket_group or '… (socket_group is empty)'}"
-        return Check(name, "fail", f"{path} is not for this user", fix)
-    if "node" in parts:
-        return Check(name, "warn", f"no trainer listens at {path}", "start the trainer first")
-    return ok(name, said)
+    return first_problem(
+        name,
+        [
+            (
+                peer == "forbidden",
+                "fail",
+                f"{path} is not for this user",
+                f"add this user to group {settings.socket_group or '… (socket_group is empty)'}",
+            ),
+            (
+                peer == "silent",
+                "fail",
+                f"a trainer holds {path} and takes no connection",
+                "look at its log, end it and start it again",
+            ),
+            (
+                peer == "absent" and "node" in parts,
+                "warn",
+                f"no trainer listens at {path}",
+                "start the trainer first",
+            ),
+        ],
+        f"{said}; a trainer takes connections" if peer == "answers" else said,
+    )
+
+
+def check_supernode(settings: SiteSettings, config: Path) -> Check:
+    """Say whether the code that runs bring could reach what is the trainer's.
+
+    Args:
+        settings: Of the site.
+        config: Its site.toml.
+    """
+    name = "supernode"
+    if settings.node == "resident":
+        return ok(name, "none: a resident node runs no code of a run")
+    if settings.allow_same_user:
+        fix = "allow_same_user = false, and a trainer of another user's; see site.toml"
+        return Check(name, "warn", "the code that runs bring may read the records", fix)
+    if os.geteuid() == 0:
+        return skipped(name, "root may all: run this as the daemon's user")
+    refusal = attempt(lambda: refuse_shared_user(settings, config))
+    if refusal is not None:
+        return Check(name, "fail", refusal, 'or keep node at "resident"')
+    return ok(name, "the code that runs bring reaches neither records, policy nor ledger")
 
 
 def check_daemon(status: Mapping[str, object], health: str, *, is_port_free: bool) -> Check:
@@ -116,7 +157,7 @@ def check_daemon(status: Mapping[str, object], health: str, *, is_port_free: boo
         is_port_free: Whether that can be had.
     """
     if status["is_running"]:
-        state = "connected" if status["is_connected"] else "not connected"
+        state = describe_connection(status)
         return ok("daemon", f"process {status['pid']} runs, {state}: another one is refused")
     if health and not is_port_free:
         fix = "choose another port for health in site.toml"
@@ -157,7 +198,8 @@ def _ledger_of(state: Path) -> Check:
     secret = look(state / SECRET)
     directory = look(state)
     if directory.is_hidden or (directory.is_there and not directory.is_readable):
-        return skipped("ledger", "this user may not look into the state directory")
+        said = "this user may not look into the state directory"
+        return Check("ledger", "fail", said, "run this as the trainer's user, or as root")
     if not look(state / LEDGER).is_there:
         return site_files.check_ledger(None, secret)
     contents = attempt(lambda: read_ledger(state / LEDGER))
@@ -168,8 +210,6 @@ def _ledger_of(state: Path) -> Check:
 
 
 def _node_checks(settings: SiteSettings, *, is_quick: bool) -> Iterator[Check]:
-    from client.status import site_status
-
     key, now = settings.node_key, datetime.now(UTC)
     public = attempt(lambda: site_files.read_node_key(key))
     public_path = key.with_name(f"{key.name}.pub")
@@ -189,24 +229,14 @@ def _node_checks(settings: SiteSettings, *, is_quick: bool) -> Iterator[Check]:
         place = look(settings.node_state)
         yield site_files.check_state(place, os.geteuid(), "", name="node_state")
     is_free = _is_free(settings.health) if settings.health else True
-    status = attempt(lambda: site_status(settings))
-    if isinstance(status, str):
-        yield skipped("daemon", "this user may not look into its state")
+    try:
+        status = site_status(settings)
+    except ClosedError as error:
+        yield Check("daemon", "fail", str(error), "run this as the daemon's user, or as root")
+    except UserError as error:
+        yield Check("daemon", "fail", str(error), "end the daemon and start it again")
     else:
         yield check_daemon(status, settings.health, is_port_free=is_free)
-
-
-def _peer_at(path: Path) -> Peer:
-    """Return whether somebody answers at a unix socket, and whether we may ask."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(2)
-        try:
-            probe.connect(str(path))
-        except PermissionError:
-            return "forbidden"
-        except OSError:
-            return "absent"
-    return "listening"
 
 
 def _group_is_known(name: str) -> bool:

@@ -25,7 +25,14 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from client.flower import FlowerClient, Outgoing, Pulled, content_of, expiry_of, reply_to
 from client.in_hand import InHand, Memory
 from client.reasons import SITE_ERROR
-from client.superlink import FleetError, FleetKeyError, RunOverError, Stopped, Superlink
+from client.superlink import (
+    CertificateError,
+    FleetError,
+    FleetKeyError,
+    RunOverError,
+    Stopped,
+    Superlink,
+)
 from federation.errors import FedgeError, UserError
 
 HEARTBEAT_S = 30.0
@@ -242,6 +249,8 @@ class FleetNode:
         while True:
             try:
                 return self._client.activate(HEARTBEAT_S)
+            except CertificateError:  # no matter of a lease that ends
+                raise
             except FleetError as error:
                 if (node_id := self._take_over()) is not None:
                     return node_id

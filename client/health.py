@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pwd
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +25,13 @@ class Status:
     pid: int
     node: str = "resident"
     """Kind of node."""
-    is_connected: bool = False
-    """Whether the SuperLink answered the last request."""
+    is_connected: bool | None = False
+    """Whether the SuperLink answered the last request; None = a stock SuperNode has the connection,
+    and tells nobody how it is."""
+    is_supernode_up: bool | None = None
+    """Whether the stock SuperNode's process runs; None = there is none."""
     is_trainer_up: bool = False
+    """Whether the trainer takes connections."""
     run: str = ""
     """Of the message in hand, or of the last one."""
     server_round: int = 0
@@ -38,6 +44,22 @@ class Status:
     """Time in UTC."""
     restarts: int = 0
     """How often a child was started again in this life of the daemon."""
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a message could be answered, as far as this side knows."""
+        node = self.is_supernode_up if self.is_connected is None else self.is_connected
+        return self.is_trainer_up and bool(node)
+
+
+class ClosedError(UserError):
+    """What is asked for is another user's."""
+
+    def __init__(self, path: Path) -> None:
+        """Say whose ``path`` is, and how to read it all the same."""
+        me, owner = _user_name(os.geteuid()), owner_of(path)
+        other = "" if owner == "root" else f"user {owner} (sudo -u {owner} …) or "
+        super().__init__(f"{path} may not be read by user {me}: run this as {other}root")
 
 
 class Health:
@@ -68,18 +90,47 @@ class Health:
 
 
 def read_status(path: Path) -> Status | None:
-    """Return what a daemon wrote last, or None."""
+    """Return what a daemon wrote last; None = none wrote here.
+
+    Raises:
+        ClosedError: This user may not read it.
+        UserError: It cannot be read, or another version wrote it.
+    """
     try:
         return Status(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError:
+        raise ClosedError(path) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its disk") from None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is no status of this version's: start the daemon again with this installation"
+        ) from None
+
+
+def owner_of(path: Path) -> str:
+    """Return whose a path is, or the first directory above it that this user may see."""
+    for place in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return _user_name(place.stat().st_uid)
+    return "root"
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 @contextlib.contextmanager
 def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]:
     """Answer GET /healthz on loopback for the time of a block; yield the port.
 
-    200 while the trainer is up and the SuperLink answers, 503 else; the body is the status.
+    200 while the trainer takes connections and the SuperLink answers (of a stock SuperNode: while
+    its process runs), 503 else; the body is the status.
 
     Args:
         address: HOST:PORT; port 0 takes a free one.
@@ -92,12 +143,11 @@ def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             now = status()
-            is_well = now.is_trainer_up and now.is_connected
             if self.path != "/healthz":
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
-            body = json.dumps({"status": "ok" if is_well else "down", **asdict(now)}).encode()
-            self.send_response(HTTPStatus.OK if is_well else HTTPStatus.SERVICE_UNAVAILABLE)
+            body = json.dumps({"status": "ok" if now.is_well else "down", **asdict(now)}).encode()
+            self.send_response(HTTPStatus.OK if now.is_well else HTTPStatus.SERVICE_UNAVAILABLE)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

@@ -360,7 +360,9 @@ def read_ledger(path: Path, *, is_head_checked: bool = True) -> Contents:
         NotALedgerError: There is no ledger.
     """
     if not path.is_file():
-        raise NotALedgerError(f"{path} is not a ledger: there is no such file")
+        raise NotALedgerError(
+            f"{path} is not a ledger: there is no such file; the trainer makes it when it starts"
+        )
     with contextlib.closing(chain.connect(path, is_writer=False)) as connection:
         return _read(connection, path, is_head_checked=is_head_checked)
 

@@ -100,6 +100,7 @@ def _find(place: Path) -> tuple[Path, float | None]:
     from client.ledger import LEDGER
     from federation.settings import SettingsError, read_toml
 
+    place = place.expanduser()
     if place.suffix != ".toml":
         return place, None
     site = read_toml(place)
@@ -108,9 +109,10 @@ def _find(place: Path) -> tuple[Path, float | None]:
         raise SettingsError(f"{place}: `state` is missing: expected the site's state directory")
     limit = None
     if isinstance(policy := site.get("policy"), str):
-        privacy = read_toml(place.parent / policy).get("privacy", {})
+        privacy = read_toml(place.parent / Path(policy).expanduser()).get("privacy", {})
         limit = privacy.get("epsilon") if isinstance(privacy, dict) else None
-    return place.parent / state / LEDGER, float(limit) if limit is not None else None
+    ledger = place.parent / Path(state).expanduser() / LEDGER
+    return ledger, float(limit) if limit is not None else None
 
 
 def _print_rows(rows: "list[Row]", contents: "Contents", limit: float | None) -> None:

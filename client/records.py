@@ -54,7 +54,8 @@ def _iterate(path: Path) -> Iterator[Record]:
                     f"{place}: byte {error.start} is not UTF-8: convert the file to UTF-8"
                 ) from None
             if line.strip():
-                yield _parse(line, place, number)
+                # Without its end, which the parser would count as a line of its own.
+                yield _parse(line.rstrip("\r\n"), place, number)
 
 
 def _parse(line: str, place: str, number: int) -> Record:

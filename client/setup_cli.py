@@ -119,6 +119,9 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
     steps = []
     if missing := [key for key in PLACEHOLDERS if key not in known]:
         steps.append(f"Fill in {', '.join(missing)} in {site}.")
+    is_docker = made.settings.socket == Path(TWO_CONTAINERS["trainer"])
+    if not is_docker and (absent := _absent(known)):
+        steps.append(f"Bring what is not there yet: {', '.join(absent)}.")
     steps.append(
         f"Give the coordinator {made.settings.node_key}.pub by a way on which nobody can swap it, "
         f"and compare the fingerprint, {made.fingerprint}. The coordinator registers it: flwr "
@@ -138,12 +141,20 @@ def _next_steps(made: "NewSite", known: dict[str, str]) -> list[str]:
             "that it signs), or the id of one run under allowed."
         )
     steps.append(f"Read what the policy allows: client policy check {policy}")
-    if made.settings.socket == Path(TWO_CONTAINERS["trainer"]):
+    if is_docker:
         return [*steps, "Start the site: docker compose up -d; docker/README.md says more"]
     steps.append(f"See what is missing: client doctor --config {site}")
     if made.settings.is_child:
         return [*steps, f"Start the site: client daemon --config {site}"]
     return [*steps, *install_steps(made.directory / DIRECTORY, made.settings)]
+
+
+def _absent(known: dict[str, str]) -> list[str]:
+    """Return what somebody named and nobody can see: a word typed wrong, or a file to come."""
+    import os
+
+    named = [(key, known[key]) for key in ("root_certificate", "data") if key in known]
+    return [f"{key}, {path}" for key, path in named if not os.path.exists(path)]  # noqa: PTH110
 
 
 def _print_new(result: dict[str, Any]) -> None:

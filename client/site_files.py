@@ -296,14 +296,15 @@ def check_state(place: Place, uid: int, policy: Policy | str, *, name: str = "st
         name: Key in site.toml.
     """
     path = place.path
+    owner = "daemon" if name == "node_state" else "trainer"
     if place.is_hidden:
-        return skipped(name, f"this user may not see {path}")
+        fix = f"run this as the {owner}'s user, or as root"
+        return Check(name, "fail", f"this user may not see {path}", fix)
     if not place.is_there:
         return Check(name, "warn", f"{path} does not exist", "it is made at the first start")
     largest = 0 if isinstance(policy, str) else policy.traffic.max_round_bytes
     mode = f"mode {place.mode:04o}"
     said = f"{gib(place.free_bytes)} free, {place.filesystem}, {mode}"
-    owner = "daemon" if name == "node_state" else "trainer"
     kind = place.filesystem
     return first_problem(
         name,
@@ -367,9 +368,8 @@ def check_ledger(
     if found is None:
         return ok(name, "none yet: nothing has left this site")
     if isinstance(found, str):
-        return Check(
-            name, "fail", found, "put it back from a backup; nothing is answered till then"
-        )
+        fix = "one that is damaged comes back from a backup; nothing is answered till then"
+        return Check(name, "fail", found, fix)
     if num_charged and not secret.is_there:
         said = f"{secret.path.name} is gone: the ledger cannot tell that it knows a record"
         return Check(name, "fail", said, "put it back from a backup")

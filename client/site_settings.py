@@ -6,6 +6,7 @@ an update.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,11 +17,14 @@ from client.site import Site
 from client.trainer_link import LONGEST_PATH
 from federation.settings import Settings, SettingsError, load_settings, read_toml
 
+_ADDRESS = re.compile(r"[^/\s]+:[0-9]{1,5}")
+_LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}")
+
 
 class SiteSettings(Settings):
     """One institution's node and trainer."""
 
-    superlink: Annotated[str, Field(pattern=r"^[^/\s]+:[0-9]{1,5}$")]
+    superlink: str
     """HOST:PORT of the coordinator's port for sites."""
     root_certificate: Path
     """PEM file of the CA that signed the coordinator's certificate."""
@@ -58,7 +62,7 @@ class SiteSettings(Settings):
     read the records, send them anywhere, and change policy and ledger. Never for real data."""
     node_state: Path | None = None
     """Directory of the daemon's own state, where it may not read ``state``; none = in ``state``."""
-    health: Annotated[str, Field(pattern=r"^(127\.0\.0\.1|localhost|\[::1\]):[0-9]{1,5}$|^$")] = ""
+    health: str = ""
     """HOST:PORT on loopback of GET /healthz; empty = none."""
     poll_s: Annotated[float, Field(gt=0, le=60)] = 0.1
     """Seconds between two looks for a message soon after an answer."""
@@ -72,11 +76,24 @@ class SiteSettings(Settings):
     """File of the log; none = stderr."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @field_validator("superlink")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        if not _ADDRESS.fullmatch(value) or not _port_exists(value):
+            raise ValueError(
+                f"setting 'superlink' is {value!r}: expected HOST:PORT without https://, such as "
+                "fleet.example.org:443"
+            )
+        return value
+
     @field_validator("health")
     @classmethod
-    def _port_exists(cls, value: str) -> str:
-        if value and int(value.rpartition(":")[2]) > 65535:
-            raise ValueError(f"health is {value!r}: expected a port up to 65535")
+    def _is_on_loopback(cls, value: str) -> str:
+        if value and not (_LOOPBACK.fullmatch(value) and _port_exists(value)):
+            raise ValueError(
+                f"setting 'health' is {value!r}: expected a port up to 65535 on loopback, such as "
+                "127.0.0.1:8470, or nothing: whoever reaches it reads the site's status"
+            )
         return value
 
     @model_validator(mode="after")
@@ -123,6 +140,10 @@ class SiteSettings(Settings):
     def site(self) -> Site:
         """What the training needs."""
         return Site(self.base_model, self.data, self.name, self.state, self.rank)
+
+
+def _port_exists(address: str) -> bool:
+    return int(address.rpartition(":")[2]) <= 65535
 
 
 _PATHS = (

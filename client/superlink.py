@@ -28,6 +28,28 @@ class FleetError(FedgeError):
     """The SuperLink refused a request."""
 
 
+class CertificateError(FleetError):
+    """The SuperLink's certificate is not one to trust."""
+
+    def __init__(self, said: str) -> None:
+        """Say what is wrong, from what TLS says.
+
+        One that has ended is the coordinator's to renew: exit code 1, so that a service is started
+        again. All else is for this site's user to compare.
+        """
+        if "expired" in said.lower():
+            super().__init__(
+                "the SuperLink's certificate has ended, or root_certificate has: ask the "
+                "coordinator for a new one"
+            )
+            return
+        super().__init__(
+            "the SuperLink's certificate is not signed by root_certificate, or is for "
+            "another host: compare both with what the coordinator gave out"
+        )
+        self.exit_code = 2
+
+
 class FleetKeyError(UserError):
     """The SuperLink does not take this site's key."""
 
@@ -60,7 +82,8 @@ class Superlink:
         Raises:
             FleetKeyError: 401.
             RunOverError: 403.
-            FleetError: The SuperLink refuses the request, or its certificate is not the right one.
+            CertificateError: The SuperLink's certificate is not one to trust.
+            FleetError: The SuperLink refuses the request.
             Stopped: Told to leave.
         """
         wait, longest = RETRY_S
@@ -76,10 +99,7 @@ class Superlink:
                 reason = f"HTTP {status}"
             except httpx.TransportError as error:
                 if "certificate" in str(error).lower():
-                    raise FleetError(
-                        "the SuperLink's certificate is not signed by root_certificate, or is for "
-                        "another host: compare both with what the coordinator gave out"
-                    ) from None
+                    raise CertificateError(str(error)) from None
                 reason = type(error).__name__
             else:
                 if self.is_away:

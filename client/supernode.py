@@ -9,6 +9,7 @@ SuperNode reads, and the daemon's life, which ends with a signal of its own user
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,10 +64,14 @@ def supernode_environment(own: Mapping[str, str], memory: Path) -> dict[str, str
     }
 
 
-def refuse_shared_user(settings: SiteSettings) -> None:
+def refuse_shared_user(settings: SiteSettings, config: Path | None = None) -> None:
     """Make sure that code with this user's rights reaches neither the records nor the policy.
 
-    The owner of the socket's file is the trainer's user. Nothing is said while there is no socket.
+    The owner of the socket's file is the trainer's user; without one, only rights are looked at.
+
+    Args:
+        settings: Of the site.
+        config: Its site.toml, which the trainer reads too; None = it is in no file.
 
     Raises:
         UserError: It would; the sentence says by which setting.
@@ -75,8 +80,8 @@ def refuse_shared_user(settings: SiteSettings) -> None:
         return
     try:
         owner = settings.socket.stat().st_uid
-    except FileNotFoundError:
-        return
+    except OSError:
+        owner = -1
     me = os.geteuid()
     way_out = (
         "a SuperNode runs the code that a run brings, and it would have the site's records; run "
@@ -88,16 +93,59 @@ def refuse_shared_user(settings: SiteSettings) -> None:
         raise UserError(
             f'node is "supernode" and the trainer runs as the same user as the daemon: {way_out}'
         )
-    for what, path, mode in (
-        (f"read data ({settings.data.name})", settings.data, os.R_OK),
-        (f"enter state ({settings.state.name})", settings.state, os.X_OK),
-        (f"read identity_key ({settings.identity.name})", settings.identity, os.R_OK),
-        (f"change policy ({settings.policy.name})", settings.policy, os.W_OK),
-        (f"replace policy ({settings.policy.name})", settings.policy.parent, os.W_OK),
-    ):
-        if os.access(path, mode):
-            raise UserError(
-                f'node is "supernode" and the daemon\'s user may {what}, and '
-                "so may the code that a run brings: take that right away (chmod, chown), or set "
-                "allow_same_user = true if that is meant"
-            )
+    if (deed := _deed_within_reach(settings, config)) is not None:
+        raise UserError(
+            f'node is "supernode" and the daemon\'s user may {deed}, and '
+            "so may the code that a run brings: take that right away (chmod, chown), or set "
+            "allow_same_user = true if that is meant"
+        )
+
+
+def _deed_within_reach(settings: SiteSettings, config: Path | None) -> str | None:
+    """Return what this user could do to the site, or None."""
+    files: list[tuple[str, Path, dict[str, int]]] = [
+        ("data", settings.data, {"read": os.R_OK, "change": os.W_OK}),
+        # Who may rename it puts an empty one in its place: the records' budget would begin anew.
+        ("state", settings.state, {"enter": os.X_OK}),
+        ("identity_key", settings.identity, {"read": os.R_OK}),
+        ("policy", settings.policy, {"change": os.W_OK}),
+    ]
+    if config is not None:  # it says which data and policy the trainer takes
+        files.append(("the settings", config, {"change": os.W_OK}))
+    for what, path, rights in files:
+        for verb, right in rights.items():
+            if _may(path, right):
+                return f"{verb} {what} ({path.name})"
+    for what, path, _ in files:
+        if (place := _replaceable(path)) is not None:
+            inside = "" if place == path else f", by way of {place}"
+            return f"replace {what} ({path.name}{inside})"
+    return None
+
+
+def _may(path: Path, right: int) -> bool:
+    """Return whether this user has a right, or owns the path and so can give it to itself."""
+    try:
+        is_own = path.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+    return is_own or os.access(path, right, effective_ids=True)
+
+
+def _replaceable(path: Path) -> Path | None:
+    """Return what on the way to a path, from the root, this user could rename or make; or None."""
+    for whole in dict.fromkeys((path.absolute(), path.resolve())):  # a link, and where it leads
+        for place in reversed([whole, *whole.parents][:-1]):
+            if _may(place.parent, os.W_OK) and not _is_kept(place):
+                return place
+    return None
+
+
+def _is_kept(place: Path) -> bool:
+    """Return whether the sticky bit of its directory keeps a name for its owner (as in /tmp)."""
+    try:
+        above, found = place.parent.stat(), place.lstat()
+    except OSError:  # nothing there: whoever may write can make it
+        return False
+    is_sticky = bool(above.st_mode & stat.S_ISVTX)
+    return is_sticky and os.geteuid() not in (above.st_uid, found.st_uid)

@@ -8,13 +8,13 @@ SuperNode starts for every message imports this and nothing of the trainer.
 from __future__ import annotations
 
 import json
-import socket as socket_module
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from client.peer import peer_at
 from federation.errors import FedgeError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def ask(
         raise LinkError("the head holds a value that is no text, number or list of them") from None
     if len(content) > HEAD_BYTES:
         raise LinkError(f"the head has {len(content)} bytes, at most {HEAD_BYTES} are read")
-    if not _is_listening(socket):
+    if peer_at(socket) in ("absent", "forbidden"):
         raise TrainerLostError("nobody listens at the trainer's socket")
     options = [("grpc.enable_http_proxy", 0)]
     with grpc.insecure_channel(f"unix:{socket.absolute()}", options=options) as channel:
@@ -217,16 +217,6 @@ def _chunks(parts: Iterator[Part]) -> Iterator[bytes]:
         if part.WhichOneof("part") != "chunk" or len(part.chunk) > CHUNK_BYTES:
             raise LinkError(f"a part after the head is no chunk of at most {CHUNK_BYTES} bytes")
         yield part.chunk
-
-
-def _is_listening(path: Path) -> bool:
-    with socket_module.socket(socket_module.AF_UNIX) as probe:
-        probe.settimeout(5.0)
-        try:
-            probe.connect(str(path.absolute()))
-        except OSError:
-            return False
-        return True
 
 
 def _watch(call: Any, is_wanted: Callable[[], bool]) -> None:

@@ -3,11 +3,22 @@
 # and SuperExec share, in coordinator/ beside this file. As root, for the keys go to their users.
 #   sudo sh certificates.sh [NAME …]      more names under which sites reach the proxy
 # ca.key signs whoever may call himself the coordinator: move it to another machine afterwards.
+# All of it is there afterwards or nothing, so that it can be typed again after an error.
 set -eu
 umask 077
+refuse() {
+  echo "error: $1" >&2
+  exit 2
+}
+[ "$(id -u)" = 0 ] || refuse "this is not root, who alone can give each key to its user: sudo sh certificates.sh"
+command -v openssl > /dev/null || refuse "openssl is not installed: apt-get install openssl"
 cd "$(dirname "$0")"
-mkdir coordinator # ends here if there is one: nothing is overwritten
-cd coordinator
+[ ! -e coordinator ] || refuse "coordinator exists already, and nothing is overwritten: move it away"
+made=$(mktemp -d "$PWD/.coordinator.XXXXXX")
+trap 'rm -rf "$made"' EXIT
+trap 'exit 1' HUP INT TERM
+home=$PWD
+cd "$made"
 names="DNS:proxy,DNS:localhost,IP:127.0.0.1"
 for name in "$@"; do names="$names,DNS:$name"; done
 
@@ -29,3 +40,5 @@ chmod 755 .
 chmod 644 ./*.crt
 chown 10003:10003 superlink.key superexec.secret
 chown 101:101 proxy.key
+cd "$home"
+mv -T "$made" coordinator

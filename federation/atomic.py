@@ -35,8 +35,10 @@ def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         Path(name).chmod(mode)
         Path(name).replace(path)
         sync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, name):
+            error.filename = str(path)  # a full disk says no name; the temporary one says nothing
         raise
 
 

@@ -4,12 +4,22 @@ Exit codes: 0 done, 1 it failed, 2 the user must change something. A user's mist
 sentence; `--debug` adds the traceback.
 """
 
+import errno
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from federation.errors import FedgeError
+from federation.errors import FedgeError, UserError
+
+WAYS_OUT = {
+    errno.EACCES: "run this as a user who may, or change its rights",
+    errno.EPERM: "run this as a user who may, or change its rights",
+    errno.EROFS: "choose a place that can be written, or mount it so",
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some space there, or ask for a larger quota",
+}
+"""Of what a system refuses wherever files are used, and only the user can change."""
 
 
 def run_command(app: Callable[[], Any]) -> None:
@@ -24,8 +34,17 @@ def run_command(app: Callable[[], Any]) -> None:
     except FedgeError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _end(error)
+    except OSError as error:
+        if debug or error.errno not in WAYS_OUT:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _end(UserError(f"{place}{error.strerror}: {WAYS_OUT[error.errno]}"))
+
+
+def _end(error: FedgeError) -> None:
+    print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    sys.exit(error.exit_code)
 
 
 def print_result(result: dict[str, Any], as_json: bool, human: Callable[[], None]) -> None:

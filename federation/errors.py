@@ -14,12 +14,14 @@
     - BudgetError            federation.accountant: no noise keeps within this budget
     - FingerprintError       client.fingerprint: the secret of a site's fingerprints
     - NotALedgerError        client.chain: there is no ledger in that place
+    - ClosedError            client.health: a file that is another user's
   - EventLogError            federation.events: a line of a run's log that cannot be read
   - WireError                federation.wire: bytes that are not the update they claim to be
     - MissingReferenceError  federation.wire: a change of an adapter that this side does not hold
   - AggregationError         federation.aggregation: updates that cannot be averaged
   - RoundError               federation.exchange: too few sites answered
   - FleetError               client.superlink: the SuperLink refused a request
+    - CertificateError       client.superlink: the SuperLink's certificate is not one to trust
   - RunOverError             client.superlink: nobody waits for a reply any more
   - Stopped                  client.superlink: the node was told to leave
   - LinkError                client.trainer_link: no question or no answer

@@ -6,6 +6,7 @@ silently ignored is worse than a run that does not start.
 """
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -333,11 +334,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return a TOML file as tables.
 
     Raises:
-        SettingsError: The file is missing or not TOML.
+        SettingsError: The file is missing, not TOML, or not for this user.
     """
-    if not path.is_file():
-        raise SettingsError(f"{path} does not exist: pass a TOML file")
-    return parse_toml(path.read_bytes(), str(path))
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise SettingsError(f"{path} does not exist: pass a TOML file") from None
+    except OSError as error:  # a directory, or another user's
+        raise SettingsError(
+            f"{path} cannot be read ({error.strerror}): pass a TOML file that this user may read"
+        ) from None
+    return parse_toml(content, str(path))
 
 
 def parse_toml(content: bytes, source: str) -> dict[str, Any]:
@@ -363,7 +370,18 @@ def _describe(kind: type[Settings], error: ValidationError) -> str:
         return f"setting '{place}' is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "string_pattern_mismatch":
+        expected = _in_words(first["ctx"]["pattern"])
+        return f"setting '{place}' is {first['input']!r}: expected {expected}"
     return f"setting '{place}' is {first['input']!r}: {_lower_first(first['msg'])}"
+
+
+def _in_words(pattern: str) -> str:
+    """Return what a pattern of a field asks for: hex digits in words, anything else as it is."""
+    hexadecimal = re.fullmatch(r"\^(\(any\|)?\[0-9a-f\]\{([0-9]+)\}\)?\$", pattern)
+    if hexadecimal is None:
+        return f"a text that fits {pattern}"
+    return f"{hexadecimal[2]} hex digits (0-9, a-f){', or any' if hexadecimal[1] else ''}"
 
 
 def _known_keys(kind: type[Settings], location: tuple[int | str, ...]) -> list[str]:

@@ -249,7 +249,8 @@ def _start_nginx(made: Deployment, nginx: str) -> None:
     for word, value in words.items():
         text = text.replace(f"@{word}@", value)
     write_atomically(directory / "nginx.conf", text)
-    command = [nginx, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
+    command = [nginx, "-e", "stderr", "-g", "daemon off;"]
+    command += ["-p", str(directory), "-c", str(directory / "nginx.conf")]
     made.services.start("nginx", command, {})
 
     def is_up() -> bool:

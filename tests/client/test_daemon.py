@@ -1,8 +1,6 @@
 """The daemon's parts, each by itself; the whole of it is in tests/end_to_end."""
 
-import http.client
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,12 +14,12 @@ from client import child as child_module
 from client.child import Child, ChildError
 from client.claim import claim
 from client.daemon import pause_s
-from client.health import Health, Status, health_endpoint, read_status
+from client.site_directory import make_site
 from client.site_log import SiteLog
 from client.site_settings import SiteSettings, load_site
-from client.status import describe, site_status
 from federation.errors import UserError
 from federation.settings import SettingsError
+from tests.client.test_coordinator import make_authority
 
 SITE = {
     "superlink": "flower.example:443",
@@ -83,6 +81,7 @@ def test_paths_are_relative_to_the_file_and_the_rest_has_defaults(
         ),
         ({"node": "other"}, "setting 'node' is 'other'"),
         ({"rank": 0}, "setting 'rank' is 0"),
+        ({"superlink": "flower.example:70000"}, "expected HOST:PORT without https://"),
         ({"health": "0.0.0.0:80"}, "setting 'health' is '0.0.0.0:80'"),
         ({"health": "127.0.0.1:70000"}, "expected a port up to 65535"),
         ({"policy_file": "x"}, "unknown setting 'policy_file'; known here: allow_same_user,"),
@@ -223,8 +222,9 @@ def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
     child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
     child.keep_up()
     ended(child)
-    with pytest.raises(ChildError, match="it needs a change that only you can make"):
+    with pytest.raises(ChildError, match="it needs a change that only you can make") as no:
         child.keep_up()
+    assert no.value.exit_code == 2
 
 
 def test_a_program_that_does_not_end_is_made_to() -> None:
@@ -238,52 +238,6 @@ def test_a_program_that_does_not_end_is_made_to() -> None:
     child.end(0.3)
     assert process.returncode is not None
     assert not child.is_running
-
-
-# Health
-
-
-def request(port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.request("GET", path)
-    response = connection.getresponse()
-    body = response.read()
-    connection.close()
-    return response.status, body
-
-
-def test_the_endpoint_says_503_unless_trainer_and_coordinator_are_there(tmp_path: Path) -> None:
-    health = Health(Status(os.getpid()), tmp_path / "status.json")
-    with health_endpoint("127.0.0.1:0", lambda: health.status) as port:
-        assert request(port, "/healthz")[0] == 503
-        health.update(is_trainer_up=True)
-        assert request(port, "/healthz")[0] == 503
-        health.update(is_connected=True, server_round=3, run="7")
-        status, body = request(port, "/healthz")
-        assert status == 200
-        assert json.loads(body)["status"] == "ok"
-        assert json.loads(body)["server_round"] == 3
-        assert request(port, "/status.json")[0] == 404
-        with (
-            pytest.raises(UserError, match="choose another port"),
-            health_endpoint(f"127.0.0.1:{port}", lambda: health.status),
-        ):
-            pass
-    assert read_status(tmp_path / "status.json") == health.status
-
-
-def test_status_is_read_from_disk_and_believed_while_the_lock_is_held(tmp_path: Path) -> None:
-    settings = load_site(write_site(tmp_path, name="bank"))
-    assert site_status(settings)["is_running"] is False
-    assert describe(site_status(settings)).startswith("the daemon does not run")
-    with claim(settings.memory, "daemon"):
-        health = Health(Status(os.getpid()), settings.memory / "status.json")
-        health.update(is_connected=True, is_trainer_up=True, is_busy=True, server_round=2, run="9")
-        result = site_status(settings)
-        assert (result["is_running"], result["server_round"]) == (True, 2)
-        assert "answers round 2 of run 9" in describe(result)
-    after = site_status(settings)
-    assert (after["is_running"], after["is_connected"], after["pid"]) == (False, False, 0)
 
 
 # Log
@@ -325,6 +279,19 @@ def test_a_daemon_without_a_key_says_so_and_ends_with_2(config: Path) -> None:
     assert done.returncode == 2
     assert "error: node_key node: No such file or directory" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_daemon_whose_trainer_needs_a_change_ends_though_no_superlink_answers(
+    tmp_path: Path,
+) -> None:
+    made = make_site(tmp_path / "site", known={"superlink": "127.0.0.1:1"})
+    make_authority(made.directory)  # ca.crt, as the template names it
+    done = run_client("daemon", "--config", str(made.directory / "site.toml"))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert "records.jsonl does not exist or is not a file" in lines[0]  # the trainer's
+    assert "the trainer ended with exit code 2: it needs a change" in lines[1]
+    assert len(lines) == 2
 
 
 def test_status_of_a_daemon_that_does_not_run_is_exit_1(config: Path) -> None:

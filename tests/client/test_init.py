@@ -100,6 +100,18 @@ def test_without_a_word_it_says_what_to_fill_in_and_allows_nothing(
     assert read_policy(tmp_path / "site" / "policy.toml").models.base == ()
 
 
+def test_a_path_that_leads_nowhere_is_the_first_thing_to_mend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--data", tmp_path / "recrods.jsonl", "--root-certificate", tmp_path / "ca.crt"]
+    (tmp_path / "ca.crt").touch()
+    assert run(monkeypatch, "init", tmp_path / "site", *words) == 0
+    printed = capsys.readouterr().out
+    assert f"Bring what is not there yet: data, {tmp_path / 'recrods.jsonl'}.\n" in printed
+    assert run(monkeypatch, "init", tmp_path / "box", "--docker", *words) == 0
+    assert "not there yet" not in capsys.readouterr().out  # they are paths of the container
+
+
 def test_the_template_names_every_setting_and_its_default() -> None:
     text = site_template()
     lines = [line.removeprefix("# ") for line in text.splitlines()]
@@ -170,7 +182,10 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path: Path) -> None:
         (["--superlink", "https://fleet"], "setting 'superlink' is 'https://fleet'"),
         (["--name", "n" * 65], "setting 'name' is"),
         (["--state", "s" * 101], "choose a shorter state or trainer"),
-        (["--signer", "abc"], "setting 'runs.signers.0' is 'abc'"),
+        (
+            ["--signer", "abc"],
+            "setting 'runs.signers.0' is 'abc': expected 64 hex digits (0-9, a-f)",
+        ),
         (["--base-model", "nowhere"], "nowhere does not exist"),
         (["--data", "a\udcff.jsonl"], "not UTF-8"),
         (["--docker", "--systemd", "--data", "a", "--base-model", "b"], "--docker takes no"),

@@ -1,7 +1,11 @@
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from client.chain import head_path
 from client.ledger import read_ledger
 from federation.accountant import PrivacyEvent, epsilon_of
+from federation.errors import UserError
 from tests.client.ledgers import RUN, data_set, entry, fill, open_ledger
 from tests.client.test_cli import run
 from tests.client.test_ledger import ROOT, tamper
@@ -50,6 +55,13 @@ def test_a_site_toml_leads_to_the_ledger_and_to_the_limit(monkeypatch, capsys, f
     site.with_name("policy.toml").write_text("[privacy]\nepsilon = 8.0\n")
     assert run(monkeypatch, "ledger", "show", site) == 0
     assert "4.001 of 8" in capsys.readouterr().out
+    monkeypatch.setenv("HOME", str(site.parent))  # as load_site reads them
+    elsewhere = site.parent / "elsewhere" / "site.toml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text('state = "~/state"\npolicy = "~/policy.toml"\n')
+    for place in (elsewhere, "~/elsewhere/site.toml"):
+        assert run(monkeypatch, "ledger", "show", place) == 0
+        assert "4.001 of 8" in capsys.readouterr().out
     site.write_text('data = "a.jsonl"\n')
     assert run(monkeypatch, "ledger", "show", site) == 2
     assert "`state` is missing" in capsys.readouterr().err
@@ -114,6 +126,53 @@ def test_verify_of_something_else_is_the_users_mistake(monkeypatch, capsys, tmp_
         place.write_text(content)
     assert run(monkeypatch, "ledger", "verify", place) == 2
     assert "is not a ledger" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk, and not in every container")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill_up(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_is_no_damaged_ledger(monkeypatch, capsys, small_disk):
+    """To put an older one back from a backup would give budget back."""
+    fill_up(small_disk)
+    with pytest.raises(UserError, match="cannot be made .*: free some space there"):
+        open_ledger(small_disk / "ledger.db")
+    (small_disk / "filler").unlink()
+    fill(small_disk / "ledger.db", 1)
+    fill_up(small_disk)
+    assert run(monkeypatch, "ledger", "show", small_disk / "ledger.db") == 2
+    said = capsys.readouterr().err
+    assert "cannot be opened" in said
+    assert "look for a full disk" in said
+    (small_disk / "filler").unlink()
+    assert run(monkeypatch, "ledger", "show", small_disk / "ledger.db") == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_ledger_of_another_user_is_not_called_damaged():
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        fill(Path(name) / "ledger.db", 1)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match="may not be read by this user"):
+                read_ledger(Path(name) / "ledger.db")
+        finally:
+            os.seteuid(0)
 
 
 def test_a_noted_head_convicts_a_history_that_was_made_up(monkeypatch, capsys, genuine, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,24 @@ def write_request(tmp_path: Path, **changes: Any) -> Path:
     path = tmp_path / "REQUEST.json"
     path.write_text(json.dumps(changed(REQUEST, metrics=[], **changes)))
     return path
+
+
+def test_the_request_of_the_guide_is_one_that_a_policy_can_allow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "setting-up-a-site.md").read_text()
+    (block,) = re.findall(r"^(    \{\"run\".*?\}\})\n\n", guide, re.DOTALL | re.MULTILINE)
+    asked = json.loads(block)
+    request = tmp_path / "REQUEST.json"
+    request.write_text(block)
+    words = ("policy", "explain", request, "--num-records", 1000, "--policy")
+    allowing = write_policy(tmp_path, base=asked["adapter"]["base_model"])
+    assert run(monkeypatch, *words, allowing) == 0, capsys.readouterr()
+    new = tmp_path / "new.toml"
+    new.write_text(policy_template(base_models=[asked["adapter"]["base_model"]]))
+    capsys.readouterr()
+    assert run(monkeypatch, *words, new) == 1
+    assert "refused by this site's policy (runs.allowed)" in capsys.readouterr().out
 
 
 def test_explain_prints_every_rule_and_ends_0_for_an_allowed_request(

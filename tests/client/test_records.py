@@ -30,6 +30,8 @@ def test_records_keep_their_order_and_line(tmp_path: Path) -> None:
     ("bad", "sentence"),
     [
         ("{" + SECRET, r"data\.jsonl:2: not JSON \(Expecting property name.* at column 2\)"),
+        ('{"prompt": "' + SECRET, r"data\.jsonl:2: not JSON \(.* at column 12\)"),
+        ('{"prompt": "p", "response": "r"', r"data\.jsonl:2: not JSON \(.* at column 32\)"),
         (json.dumps([SECRET]), "data.jsonl:2: a JSON array: expected an object"),
         (json.dumps({"prompt": SECRET}), "data.jsonl:2: field 'response' is missing"),
         (json.dumps({"prompt": SECRET, "response": 7}), "'response' is a JSON number"),

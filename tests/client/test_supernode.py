@@ -57,20 +57,22 @@ def test_code_of_a_run_beside_a_trainer_of_the_same_user_must_be_asked_for(tmp_p
 
 @pytest.fixture
 def site() -> Iterator[Path]:
-    """A site.toml of two users: the trainer's socket is there, and somebody listens."""
+    """A site.toml of two users below /tmp; the trainer's socket is there, and somebody listens."""
     directory = Path(tempfile.mkdtemp(prefix="fedge-"))
     directory.chmod(0o755)
-    (directory / "private").mkdir()
-    (directory / "private" / "data.jsonl").write_text("{}")
+    for name in ("records", "state", "node"):
+        (directory / name).mkdir()
+    (directory / "records" / "data.jsonl").write_text("{}")
     (directory / "policy.toml").touch()
-    (directory / "node").mkdir()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(directory / "socket"))
         listening.listen()
-        for path, user in (("private", TRAINER), ("socket", TRAINER), ("node", NODE)):
+        theirs = ("records", "records/data.jsonl", "state", "socket")
+        for path, user in (*((each, TRAINER) for each in theirs), ("node", NODE)):
             os.chown(directory / path, user, user)
-        (directory / "private").chmod(0o700)
-        more = {"data": "private/data.jsonl", "state": "private", "node_state": "node/state"}
+        for name in ("records", "state"):
+            (directory / name).chmod(0o700)
+        more = {"data": "records/data.jsonl", "node_state": "node/state"}
         yield write_site(directory, node="supernode", trainer="socket", **more)
     shutil.rmtree(directory)
 
@@ -102,13 +104,71 @@ def test_a_supernode_is_not_started_by_the_trainers_user_or_one_who_reaches_what
     shutil.rmtree(directory / "node")
     (directory / "node").mkdir()
     os.chown(directory / "node", NODE, NODE)
-    directory.joinpath("private").chmod(0o755)
+    directory.joinpath("records").chmod(0o755)
     assert "may read data (data.jsonl)" in refusal(site, NODE)
-    (directory / "private" / "data.jsonl").chmod(0o600)
-    assert "may enter state (private)" in refusal(site, NODE)
-    directory.joinpath("private").chmod(0o700)
-    directory.joinpath("policy.toml").chmod(0o666)
-    assert "may change policy (policy.toml)" in refusal(site, NODE)
-    directory.joinpath("policy.toml").chmod(0o644)
-    directory.chmod(0o777)
-    assert "may replace policy (policy.toml)" in refusal(site, NODE)
+
+
+def said_to_the_node(site: Path) -> str:
+    """Return why a SuperNode of the node's user is refused, or ""."""
+    settings = load_site(site)
+    os.seteuid(NODE)
+    try:
+        refuse_shared_user(settings, site)
+    except UserError as error:
+        return str(error)
+    finally:
+        os.seteuid(0)
+    return ""
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("place", "mode", "deed"),
+    [
+        ("node", 0o755, ""),
+        ("records", 0o755, "read data (data.jsonl)"),
+        ("records", 0o733, "read data (data.jsonl)"),
+        ("state", 0o711, "enter state (state)"),
+        ("policy.toml", 0o666, "change policy (policy.toml)"),
+        ("site.toml", 0o666, "change the settings (site.toml)"),
+        (".", 0o777, "replace data (data.jsonl, by way of "),
+        # As in /tmp: each may make files, and rename its own only.
+        (".", 0o1777, ""),
+    ],
+)
+def test_each_right_of_the_node_is_named(site: Path, place: str, mode: int, deed: str) -> None:
+    (site.parent / place).chmod(mode)
+    said = said_to_the_node(site)
+    assert (f"the daemon's user may {deed}" in said) if deed else (said == ""), said
+
+
+@as_root
+def test_a_state_that_can_be_renamed_would_begin_every_budget_anew(site: Path) -> None:
+    parent = site.parent / "below"
+    parent.mkdir()
+    (site.parent / "state").rename(parent / "state")
+    site.write_text(site.read_text().replace('"state"', '"below/state"'))
+    assert said_to_the_node(site) == ""
+    parent.chmod(0o777)
+    assert "may replace state (state)" in said_to_the_node(site)
+    parent.chmod(0o755)
+    os.chown(parent, NODE, NODE)  # who owns it gives himself the right
+    assert "may replace state (state)" in said_to_the_node(site)
+    (parent / "state").rmdir()
+    parent.chmod(0o1777)
+    os.chown(parent, 0, 0)
+    assert "may replace state (state)" in said_to_the_node(site), "it can be made there"
+
+
+@as_root
+def test_a_link_is_as_safe_as_what_leads_to_it(site: Path) -> None:
+    directory = site.parent
+    (directory / "open").mkdir()
+    (directory / "open" / "data.jsonl").symlink_to(directory / "records" / "data.jsonl")
+    site.write_text(site.read_text().replace('"records/data.jsonl"', '"open/data.jsonl"'))
+    assert said_to_the_node(site) == ""
+    (directory / "open").chmod(0o777)
+    assert "may replace data (data.jsonl)" in said_to_the_node(site)

@@ -20,6 +20,7 @@ import pytest
 
 from client.site_settings import load_site
 from client.site_template import TWO_CONTAINERS
+from tests.client.test_coordinator import issue_server_certificate, make_authority
 from tests.conftest import write_records, write_tiny_model
 from tests.docker.containers import DOCKER, ROOT, Engine, can_contain, read_compose, stages
 
@@ -127,7 +128,9 @@ def test_what_init_writes_for_docker_is_what_compose_mounts() -> None:
         assert node[TWO_CONTAINERS["node_state"]] == (f"{site}-node", False)
         probe = SERVICES[f"{site}-node"]["healthcheck"]["test"][-1]
         assert f"http://{TWO_CONTAINERS['health']}/healthz" in probe
-        assert TWO_CONTAINERS["trainer"] in SERVICES[f"{site}-trainer"]["healthcheck"]["test"][-1]
+        words = SERVICES[f"{site}-trainer"]["healthcheck"]["test"]
+        assert words[1:4] + words[5:] == ["client", "status", "--config", "--part", "trainer"]
+        assert words[4] == SERVICES[f"{site}-trainer"]["command"][-1]  # which says the socket
     made = [line for line in stages()["site"] if "groupadd" in line]
     assert f"--gid 10000 {TWO_CONTAINERS['socket_group']}" in made[0]
 
@@ -200,11 +203,6 @@ def test_the_dockerfile_copies_what_is_there() -> None:
                     assert not ignored(inside[0])
 
 
-@pytest.mark.parametrize("script", ["certificates.sh", "new_site.sh"])
-def test_the_scripts_can_be_read_by_a_plain_shell(script: str) -> None:
-    subprocess.run(["sh", "-n", DOCKER / script], check=True)
-
-
 @pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
 def test_nothing_of_the_proxys_template_is_left_open() -> None:
     text = subprocess.run(
@@ -218,6 +216,30 @@ def test_nothing_of_the_proxys_template_is_left_open() -> None:
     assert "@" not in code
     assert "listen 8443 ssl;" in code
     assert "server superlink:8000;" in code
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="no nginx")
+@pytest.mark.parametrize("mode", ["daemon on; master_process on;", "daemon off;"])
+def test_nginx_takes_the_template_as_debians_unit_and_as_a_container_start_it(
+    tmp_path: Path, mode: str
+) -> None:
+    """The first is the word of Debian's nginx.service; the second stands in the Dockerfile."""
+    (entry,) = [line for line in stages()["proxy"] if line.startswith("ENTRYPOINT")]
+    assert json.loads(entry.removeprefix("ENTRYPOINT "))[-2:] == ["-g", "daemon off;"]
+    make_authority(tmp_path)
+    issue_server_certificate(tmp_path, "proxy", ["localhost"])
+    (tmp_path / "nginx").mkdir()
+    text = (ROOT / "examples" / "deployment" / "nginx.conf").read_text()
+    words = {"home": tmp_path, "logs": tmp_path, "certificates": tmp_path}
+    words |= {"superlink": "127.0.0.1:1", "listen": f"unix:{tmp_path}/s"}
+    for word, value in words.items():
+        text = text.replace(f"@{word}@", str(value))
+    (tmp_path / "nginx.conf").write_text(text)
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+    assert nginx is not None
+    command = [nginx, "-t", "-q", "-e", "stderr", "-g", mode, "-c", str(tmp_path / "nginx.conf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # What the commands do
@@ -242,14 +264,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     )
     shim.chmod(0o755)
     variables = os.environ | {"PATH": f"{words}:{os.environ['PATH']}"}
-    variables |= {"FEDGE_BASE_MODEL": str(model)}
+    variables |= {"FEDGE_BASE_MODEL": model.name}
     run = ["sh", home / "certificates.sh", "fleet.example"]
     subprocess.run(run, check=True, capture_output=True, cwd=ROOT)
     for site in SITES:
-        records = write_records(work / f"{site}.jsonl", 12, topic=site)
-        run = ["sh", home / "new_site.sh", site, records]
+        write_records(work / f"{site}.jsonl", 12, topic=site)
+        run = ["sh", "docker/new_site.sh", site, f"{site}.jsonl"]
         done = subprocess.run(
-            run, env=variables, capture_output=True, text=True, check=False, cwd=ROOT
+            run, env=variables, capture_output=True, text=True, check=False, cwd=work
         )
         assert done.returncode == 0, done.stdout + done.stderr
     with Engine(home, model, work / "scratch") as made:
