@@ -270,7 +270,7 @@ def test_a_liar_among_the_holders_of_shares_cannot_open_anything(
         sites.spoil[name, Stage.REVEAL] = other_shares
     run(sites, settings(training=SHORT))
     (lost,) = events(settings(), SumLost)
-    assert "do not give what it committed to" in lost.reason
+    assert "cannot be put together from the shares that 4 sites showed" in lost.reason
 
 
 def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(
