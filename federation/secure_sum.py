@@ -23,11 +23,8 @@ two thirds and one (federation.settings.default_threshold) bears any third. A si
 the round or spoil the sum (a masked vector cannot be looked at: no robust rule works under it), but
 it opens nothing.
 
-**What the sum itself says.** It may say much about one site when the cohort is small, and the sums
-of two rounds more than one: hence the policy's least cohort, and record-level noise beside it. A
-round is opened once: a site that helped to open it refuses every other attempt of it. *Two runs*
-with the same start train the same updates: the same sum with and without a site is its update. A
-policy bounds that by the runs that it names, and noise ends it.
+**What the sum itself says**, and the sums of two rounds or runs together: docs/decisions/0011. A
+round is opened once: a site that helped to open it refuses every other attempt of it.
 
 *The whole graph, not the sparse one of SecAgg+* (Bell et al., CCS 2020): with up to 64 sites each
 expands at most 63 masks at several GB/s, and a sparse graph buys that for a chance of failure.
@@ -169,6 +166,11 @@ class SecureSum:
     def revealed(self) -> set[str]:
         """The sites that showed their shares."""
         return {site for site, place in self._places.items() if place in self._revealed}
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What the sites that advertised call themselves, for life."""
+        return {site: said.identity for site, said in self._advertisements.items()}
 
     @property
     def num_came(self) -> int:
