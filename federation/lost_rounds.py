@@ -1,9 +1,8 @@
 """Rounds whose secure sum was lost: what a run remembers of them, and when it stops.
 
 A round is lost where its sum can never be opened, or where no honest sites can have made it. It
-leaves adapter and optimizer as they were, byte for byte, and the factor that it was to train is
-trained in the next one; but its sites have charged it to their budgets. So two of them in a row end
-the run, and whoever leads it decides.
+leaves adapter and optimizer as they were, byte for byte; but its sites have charged it to their
+budgets. So two of them in a row end the run, and whoever leads it decides.
 
 **One liar must not lose round after round.** A masked vector cannot be looked at, so mostly nobody
 can be named; but who was in a lost sum is known. The more lost rounds a site had part in, the later
@@ -110,8 +109,8 @@ def _reason_to_stop(row: Sequence[LostRound], *, is_over: bool) -> str:
     lied = f"; found to have lied: site {', '.join(named)}" if named else ""
     go_on = "begin a new run" if is_over else "resume the run"
     return (
-        f"{rounds}: no secure sum came out ({row[-1].reason}); {who}{lied}. Every site whose "
-        "masked vector came has charged that to its data, for nothing, so the run stops with the "
+        f"{rounds}: no secure sum came out ({row[-1].reason}); {who}{lied}. Every site that "
+        "trained for it has charged that to its data, for nothing, so the run stops with the "
         f"adapter as it was before. Unregister the sites that you doubt and {go_on}, or begin one "
         "without secure_sum.enabled: a robust aggregation can look at each update"
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import shutil
 import time
@@ -85,9 +86,11 @@ class _Run:
     def trains(self, server_round: int) -> str:
         if self.settings.aggregation != "alternating":
             return "AB"
-        # A lost round trained nothing, so the one after it takes its turn.
-        num_lost = sum(each.server_round < server_round for each in self.lost)
-        return trained_factor(server_round - num_lost)
+        # Until a sum was opened B is zero and A has no gradient, so that B has its turn again. A
+        # later lost round passes its turn on: two sums of the same update say more than one.
+        lost = {each.server_round for each in self.lost}
+        first_opened = next(number for number in itertools.count(1) if number not in lost)
+        return trained_factor(max(server_round - first_opened, 0) + 1)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ class SecureExchange:
         self._log = log
         self._clock = clock
         self._sleep = sleep
+        self._lost = lost
         self._candidates = Candidates(lost)
 
     def gather(self, server_round: int, outgoing: Outgoing, trains: str) -> Gathered:
@@ -174,10 +175,17 @@ class SecureExchange:
                 num_tries -= bool(strangers)  # each is found once
                 continue
             return attempt
+        is_second = any(each.server_round == request.server_round - 1 for each in self._lost)
+        way_out = "mend the sites and resume the run"
+        if is_second and not settings.training.get("noise_multiplier"):
+            way_out += (
+                ", or begin a new one: the round before was lost, and without "
+                "training.noise_multiplier a site helps to open no second sum over its adapter"
+            )
         raise RoundError(
             f"round {request.server_round}: no secure sum in {settings.round_attempts} attempts "
             f"({'; '.join(reasons[:_MAX_NAMED])}); every reason is in {self._log.path}. Nothing "
-            "was opened and the last adapter stays: mend the sites and resume the run"
+            f"was opened and the last adapter stays: {way_out}"
         )
 
     def _asked(self, server_round: int, number: int, *, is_first: bool) -> list[str]:

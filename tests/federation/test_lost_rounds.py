@@ -3,6 +3,7 @@
 The training has noise: without it sites refuse a second sum over the adapter of a lost one.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -175,11 +176,12 @@ def test_a_lost_round_leaves_adapter_and_momentum_byte_for_byte_and_its_lineage_
     assert "aggregation" not in said["parameters"]
 
 
-def test_after_a_lost_round_its_factor_is_trained_from_the_same_adapter(
-    settings: Make, sites: SecureSites
+@pytest.mark.parametrize(("lost", "factors"), [(1, "BBA"), (2, "BAB")])
+def test_a_lost_first_round_trains_b_again_and_a_later_one_passes_its_turn_on(
+    settings: Make, sites: SecureSites, lost: int, factors: str
 ) -> None:
     """B is zero until it was trained once, so that A would have no gradient."""
-    out, told = Path(settings().out), []
+    told: list[tuple[str, str]] = []
     send = sites.send
 
     def note(names: list[str], request: Request) -> None:
@@ -188,11 +190,12 @@ def test_after_a_lost_round_its_factor_is_trained_from_the_same_adapter(
         send(names, request)
 
     sites.send = note
-    sites.spoil["c", Stage.MASK] = in_round(1, absurd)
+    sites.spoil["c", Stage.MASK] = in_round(lost, absurd)
     run(sites, settings(num_rounds=3))
-    assert [factor for factor, _ in told] == ["B", "B", "A"]
-    assert told[0][1] == told[1][1] != told[2][1]
-    last, before = (read_adapter(out / f"round-{n:04d}") for n in (3, 2))
+    assert "".join(factor for factor, _ in told) == factors
+    adapters = [checksum for _, checksum in told]
+    assert [one == two for one, two in itertools.pairwise(adapters)] == [lost == 1, lost == 2]
+    before, last = (read_adapter(Path(settings().out) / f"round-{n:04d}") for n in (2, 3))
     assert any(np.any(dense(last.modules[n]) != dense(f)) for n, f in before.modules.items())
 
 
