@@ -29,7 +29,7 @@ from federation.secure_messages import Roster
 from federation.shamir import MAX_TRIES, reconstruct
 
 _MAX_SEARCHES = 8
-"""Secrets for which sets of shares are tried in vain, about a second each in the largest cohort."""
+"""Secrets for which sets of shares are tried in vain: after so many the sum is lost anyway."""
 
 
 @dataclass(frozen=True)

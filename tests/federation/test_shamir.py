@@ -105,7 +105,9 @@ def test_as_many_liars_as_the_code_bears_are_named_at_once(points: int, threshol
         asked.append(tried)
         return tried == secret
 
+    began = time.process_time()
     seen = reconstruct(shares, threshold, is_genuine, max_tries=0)
+    assert time.process_time() - began < 1
     assert (seen.secret, seen.wrong) == (secret, liars)
     assert len(asked) <= 2
 
@@ -119,7 +121,7 @@ def test_beyond_what_the_code_bears_sets_are_tried_wherever_the_liars_are() -> N
 
 
 def test_without_a_genuine_secret_the_search_ends_within_its_bound() -> None:
-    """Of the largest cohort: a second or so of CPU, whoever wants to keep the server busy."""
+    """Of the largest cohort, whoever wants to keep the server busy."""
     tried: list[bytes] = []
 
     def is_genuine(secret: bytes) -> bool:
