@@ -34,12 +34,7 @@ from federation.exchange import Exchange, RoundError
 from federation.gathering import Gathered, Outgoing
 from federation.header import LARGEST_WEIGHT, holds_changes
 from federation.lineage import write_lineage
-from federation.lost_rounds import (
-    LostRound,
-    build_lost_round,
-    read_lost_rounds,
-    stop_if_lost,
-)
+from federation.lost_rounds import LostRound, build_lost_round, read_lost_rounds, stop_if_lost
 from federation.metrics import mean_of
 from federation.run_directory import RunDirectory
 from federation.secure_rounds import SecureExchange
@@ -143,7 +138,6 @@ def run_rounds(
             log.write(events.RunResumed(directory.last_round + 1))
         try:
             for server_round in range(directory.last_round + 1, settings.num_rounds + 1):
-                stop_if_lost(lost, directory)
                 _round(run, server_round)
             stop_if_lost(lost, directory)
         except Exception as error:
@@ -157,6 +151,7 @@ def run_rounds(
 
 def _round(run: _Run, server_round: int) -> None:
     """Run one round from what the round before left on disk, and commit it."""
+    stop_if_lost(run.lost, run.directory)
     started = run.clock()
     outgoing = _serve(run, server_round)
     release_free_memory()
@@ -184,23 +179,6 @@ def _round(run: _Run, server_round: int) -> None:
             adapter=path.name,
         )
     )
-
-
-def _lost(run: _Run, lost: LostRound) -> Path:
-    """Build a round that leaves everything as it was; return its directory, not committed yet."""
-    is_first = lost.server_round == 1
-    adapter = _drawn_adapter(run) if is_first else run.directory.last_adapter()
-    building = _new_building(run, lost.server_round)
-    build_lost_round(run.directory, building, adapter, lost, Path(run.settings.base_model))
-    run.lost.append(lost)
-    return building
-
-
-def _new_building(run: _Run, server_round: int) -> Path:
-    """Return where a round's directory is made; nothing of a killed server is left there."""
-    building = run.directory.path / f".round-{server_round:04d}"
-    shutil.rmtree(building, ignore_errors=True)
-    return building
 
 
 def _serve(run: _Run, server_round: int) -> Outgoing:
@@ -290,6 +268,23 @@ def _drawn_adapter(run: _Run) -> Adapter:
         modules = {name: orthonormalised(f, "A") for name, f in adapter.modules.items()}
         adapter = Adapter(adapter.rank, adapter.alpha, modules)
     return adapter
+
+
+def _lost(run: _Run, lost: LostRound) -> Path:
+    """Build a round that leaves everything as it was; return its directory, not committed yet."""
+    is_first = lost.server_round == 1
+    adapter = _drawn_adapter(run) if is_first else run.directory.last_adapter()
+    building = _new_building(run, lost.server_round)
+    build_lost_round(run.directory, building, adapter, lost, Path(run.settings.base_model))
+    run.lost.append(lost)
+    return building
+
+
+def _new_building(run: _Run, server_round: int) -> Path:
+    """Return where a round's directory is made; nothing of a killed server is left there."""
+    building = run.directory.path / f".round-{server_round:04d}"
+    shutil.rmtree(building, ignore_errors=True)
+    return building
 
 
 def _fold(run: _Run, server_round: int, outgoing: Outgoing, gathered: Gathered) -> _Folded:

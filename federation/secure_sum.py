@@ -19,12 +19,8 @@ send sites different adapters or settings and keep one sum: they are in the term
 
 **Sites that collude with the server** (c of n) subtract what they sent: the others are hidden among
 at least t - c. They must be fewer than 2t - n, else the cohort can be split and told two stories;
-two thirds and one (federation.settings.default_threshold) bears any third. A site that lies can end
-the round or spoil the sum (a masked vector cannot be looked at: no robust rule works under it), but
-it opens nothing.
-
-**What the sum itself says**, and the sums of two rounds or runs together: docs/decisions/0011. A
-round is opened once: a site that helped to open it refuses every other attempt of it.
+two thirds and one (federation.settings.default_threshold) bears any third. A site that lies opens
+nothing; what it can spoil, and what the sum itself says: docs/decisions/0011-secure-sums.md.
 
 *The whole graph, not the sparse one of SecAgg+* (Bell et al., CCS 2020): with up to 64 sites each
 expands at most 63 masks at several GB/s, and a sparse graph buys that for a chance of failure.
