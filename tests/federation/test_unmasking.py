@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from client import secure_sum as site_half
 from federation.secure_keys import seal
@@ -96,6 +98,35 @@ def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
     assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
     assert set(cohort.server.misfits) == {("s1", "s0"), ("s0", "s1"), ("s0", "s2")}
     assert cohort.server.doubted == {"s0"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_one_liar_deals_and_shows_nobody_else_is_named(data: st.DataObject) -> None:
+    """And what is opened is the plain sum, or nothing is."""
+    size = data.draw(st.integers(3, 8))
+    threshold = data.draw(st.integers(size // 2 + 1, size))
+    cohort = Cohort(size, threshold)
+    others = [name for name in cohort.sites if name != "s0"]
+    gone = data.draw(st.sets(st.sampled_from(others), max_size=size - threshold))
+    stages = st.sampled_from([Stage.MASK, Stage.REVEAL])
+    silent = {name: data.draw(stages) for name in sorted(gone)}
+    if data.draw(st.booleans()) and len(gone) < size - threshold:
+        silent["s0"] = Stage.MASK  # then the key of its masks is needed, and not the seed
+    victims = data.draw(st.sets(st.sampled_from(list(cohort.sites))))
+    lied_about = data.draw(st.sets(st.integers(0, size - 1)))
+    spoil = {
+        ("s0", Stage.SHARE): deal_badly(cohort, "s0", victims),
+        ("s0", Stage.REVEAL): lambda raw: changed_shares(raw, lied_about),
+    }
+    summed = [name for name in cohort.sites if silent.get(name) != Stage.MASK]
+    try:
+        assert cohort.sum(silent, spoil=spoil) == cohort.plain_sum(summed)
+    except SecureSumError:
+        with pytest.raises(SecureSumError, match="not open"):
+            _ = cohort.server.result
+        assert "s0" in cohort.server.suspects
+    assert cohort.server.doubted <= {"s0"}
 
 
 def test_dealers_of_wrong_shares_do_not_rule_honest_holders_out() -> None:
