@@ -1,6 +1,7 @@
 """Shares that do not fit: what is put right, who is named, and who is not."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -98,6 +99,21 @@ def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
     assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
     assert set(cohort.server.misfits) == {("s1", "s0"), ("s0", "s1"), ("s0", "s2")}
     assert cohort.server.doubted == {"s0"}
+
+
+def test_liars_found_by_one_secret_are_left_out_for_the_others() -> None:
+    """Nine of forty are borne, and fourteen lie about the second secret: those nine among them."""
+    cohort = Cohort(40, 21)
+    first, second = 0, 1
+    liars = sorted(cohort.sites)[:14]
+    spoil = {
+        (name, Stage.REVEAL): partial(
+            changed_shares, places=[first, second] if name in liars[:9] else [second]
+        )
+        for name in liars
+    }
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert {holder for holder, _ in cohort.server.misfits} == set(liars)
 
 
 @settings(max_examples=40, deadline=None)
