@@ -333,23 +333,26 @@ class SecureExchange:
         return lost or secure.result
 
     def _name_liars(self, attempt: _Attempt) -> None:
-        """Say whose shares did not fit, and ask those last that lied."""
-        secure, at_odds = attempt.secure, dict[str, set[str]]()
-        for holder, dealer in secure.misfits:
-            at_odds.setdefault(holder, set()).add(dealer)
-            if dealer in secure.doubted:
-                at_odds.setdefault(dealer, set()).add(holder)
-        for site in sorted(at_odds.keys() | secure.doubted):
-            others = ", ".join(sorted(at_odds.get(site, ())))
-            reason = (
-                f"shares that it showed or dealt do not fit, at odds with site {others}"
-                if others
-                else "its secret cannot be put together from the shares that it dealt"
-            )
-            verdict = (
-                "it is asked last from now on" if site in secure.doubted else "one of them lied"
-            )
-            self._fail(attempt, site, Stage.REVEAL, f"{reason}: {verdict}")
+        """Say whose shares did not fit, and ask those last that lied.
+
+        Where that cannot be told, both are said and neither is asked later: else a site could put
+        another behind itself.
+        """
+        secure, server_round = attempt.secure, attempt.request.server_round
+        at_odds: dict[str, set[str]] = {site: set() for site in secure.doubted}
+        for pair in secure.misfits:
+            for site, other in (pair, pair[::-1]):
+                if site in secure.doubted or other not in secure.doubted:
+                    at_odds.setdefault(site, set()).add(other)
+        for site, others in sorted(at_odds.items()):
+            reason = f"shares between it and site {', '.join(sorted(others))} do not fit"
+            if not others:
+                reason = "its secret cannot be put together from the shares that it dealt"
+            if site in secure.doubted:
+                self._fail(attempt, site, Stage.REVEAL, f"{reason}: it is asked last from now on")
+            else:
+                said = f"stage {Stage.REVEAL}: {reason}: one of them lied"
+                self._log.write(events.SiteFailed(server_round, site, said))
         self._candidates.doubt(secure.doubted)
 
     def _averaged(

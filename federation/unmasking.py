@@ -55,6 +55,7 @@ class Secrets:
         while len(doubted) > num_liars:
             num_liars += 1
             doubted = {member for member, count in at_odds.items() if count > num_liars}
+        doubted |= {holder for holder, dealer in self.misfits if holder == dealer}
         num_dealers = len(self.found) + len(self.missing)
         if self.spare > 0 and 2 * len(self.missing) < num_dealers:
             doubted |= set(self.missing)

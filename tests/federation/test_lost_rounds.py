@@ -236,9 +236,35 @@ def test_one_liar_among_the_holders_is_outvoted_named_and_asked_last(
         run(sites, three)
     assert len(events(three, SumOpened)) == 3
     failed = [event for event in events(three, SiteFailed) if event.site == "a"]
-    assert [event.reason.startswith("stage reveal: shares that it showed") for event in failed]
+    assert [
+        event.reason.startswith("stage reveal: shares between it and site ") for event in failed
+    ]
     found = next(n for n, asked in enumerate(asked_of(three)) if "a" in asked)
     assert all("a" not in asked for asked in asked_of(three)[found + 1 :])
+
+
+def test_of_one_pair_that_does_not_fit_both_are_said_and_neither_is_asked_later(
+    settings: Make, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Else a site could deal another a wrong share to have it left out."""
+
+    def one_wrong(reply: bytes) -> bytes:
+        value, other = json.loads(reply), json.loads(wrong_shares(reply))
+        value["shares"][0] = other["shares"][0]
+        return json.dumps(value).encode()
+
+    made = settings(num_rounds=4)
+    with private_sites(tiny_model, tmp_path / "sites", "abcde") as sites:
+        sites.spoil["a", Stage.REVEAL] = one_wrong
+        run(sites, made)
+    by_round: dict[int, set[str]] = {}
+    for event in events(made, SiteFailed):
+        assert event.reason.endswith("do not fit: one of them lied")
+        by_round.setdefault(event.server_round, set()).add(event.site)
+    rounds_of_a = {number + 1 for number, asked in enumerate(asked_of(made)) if "a" in asked}
+    assert by_round.keys() == rounds_of_a
+    assert len(rounds_of_a) > 1
+    assert all("a" in pair and len(pair) == 2 for pair in by_round.values())
 
 
 def test_a_site_whose_secret_nobody_can_open_is_named_and_asked_last_over_a_resume(

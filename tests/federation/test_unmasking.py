@@ -88,6 +88,15 @@ def test_of_one_wrong_share_nobody_can_tell_whether_its_holder_or_its_dealer_lie
         assert cohort.server.doubted == set()
 
 
+def test_a_site_that_shows_a_wrong_share_of_its_own_secret_lied() -> None:
+    cohort = Cohort(5, 3)
+    place = cohort.places()["s0"]
+    total = cohort.sum(spoil={("s0", Stage.REVEAL): lambda raw: changed_shares(raw, [place])})
+    assert total == cohort.plain_sum(cohort.sites)
+    assert cohort.server.misfits == (("s0", "s0"),)
+    assert cohort.server.doubted == {"s0"}
+
+
 def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
     """It deals the other a wrong share, and shows a wrong share of the other's, and of a third."""
     cohort = Cohort(5, 3)
