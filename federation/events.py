@@ -126,10 +126,14 @@ class SumOpened:
 
 @dataclass(frozen=True)
 class SumLost:
-    """A secure sum can never be opened: the round leaves the adapter as it was."""
+    """A secure sum cannot be opened or believed: the round leaves the adapter as it was."""
 
     server_round: int
     reason: str
+    suspects: list[str] = field(default_factory=list)
+    """Sites of which one or more are to blame."""
+    named: list[str] = field(default_factory=list)
+    """Sites that lied, as far as it can be told."""
 
 
 @dataclass(frozen=True)

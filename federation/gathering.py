@@ -16,6 +16,7 @@ from federation.update import Readable
 from federation.wire import Update
 
 if TYPE_CHECKING:
+    from federation.lost_rounds import LostRound
     from federation.settings import FederationSettings
 
 
@@ -57,6 +58,8 @@ class Gathered:
     """Whose updates these are; in the order of the updates, where there is one a site."""
     secure_sum: Mapping[str, object] | None = None
     """For the lineage: terms and outcome of the secure sum."""
+    lost: LostRound | None = None
+    """There is no sum, and nothing else here: the round leaves the adapter as it was."""
 
     @property
     def replies(self) -> list[Reply]:

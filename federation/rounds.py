@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ from federation.exchange import Exchange, RoundError
 from federation.gathering import Gathered, Outgoing
 from federation.header import LARGEST_WEIGHT, holds_changes
 from federation.lineage import write_lineage
+from federation.lost_rounds import LostRound, build_lost_round, read_lost_rounds, stop_if_lost
 from federation.metrics import mean_of
 from federation.run_directory import RunDirectory
 from federation.secure_rounds import SecureExchange
@@ -57,6 +60,8 @@ class _Run:
     exchange: Exchange | SecureExchange
     log: events.EventLog
     clock: Callable[[], float]
+    lost: list[LostRound]
+    """Rounds whose secure sum was lost, in order; it grows."""
 
     @property
     def rule(self) -> Rule:
@@ -74,8 +79,13 @@ class _Run:
         )
 
     def trains(self, server_round: int) -> str:
-        is_alternating = self.settings.aggregation == "alternating"
-        return trained_factor(server_round) if is_alternating else "AB"
+        if self.settings.aggregation != "alternating":
+            return "AB"
+        # Until a sum was opened B is zero and A has no gradient, so that B has its turn again. A
+        # later lost round passes its turn on: two sums of the same update say more than one.
+        lost = {each.server_round for each in self.lost}
+        first_opened = next(number for number in itertools.count(1) if number not in lost)
+        return trained_factor(max(server_round - first_opened, 0) + 1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ def run_rounds(
     Raises:
         UserError: The base model is missing, the run's directory is not empty, or the run to
             resume is not there or damaged.
-        RoundError: Too few sites, or a round without a quorum of usable updates.
+        RoundError: Too few sites, a round without a quorum of usable updates, or too many lost
+            secure sums in a row.
     """
     resumes = bool(settings.resume)
     directory = (
@@ -122,7 +133,8 @@ def run_rounds(
     settings = directory.settings
     with directory:
         log = events.EventLog(directory.path / "events.jsonl", on_event)
-        kind = SecureExchange if settings.secure_sum.enabled else Exchange
+        lost = read_lost_rounds(directory) if settings.secure_sum.enabled else []
+        kind = partial(SecureExchange, lost) if settings.secure_sum.enabled else Exchange
         exchange = kind(
             sites,
             settings,
@@ -132,13 +144,14 @@ def run_rounds(
             clock=clock,
             sleep=sleep,
         )
-        run = _Run(settings, directory, exchange, log, clock)
+        run = _Run(settings, directory, exchange, log, clock, lost)
         started = clock()
         if resumes:
             log.write(events.RunResumed(directory.last_round + 1))
         try:
             for server_round in range(directory.last_round + 1, settings.num_rounds + 1):
                 _round(run, server_round)
+            stop_if_lost(lost, directory)
         except Exception as error:
             reason = str(error) if isinstance(error, FedgeError) else type(error).__name__
             log.write(events.RunFailed(reason))
@@ -150,24 +163,29 @@ def run_rounds(
 
 def _round(run: _Run, server_round: int) -> None:
     """Run one round from what the round before left on disk, and commit it."""
+    stop_if_lost(run.lost, run.directory)
     started = run.clock()
     outgoing = _serve(run, server_round)
     release_free_memory()
     gathered = run.exchange.gather(server_round, outgoing, run.trains(server_round))
     release_free_memory()
     fold_started = run.clock()
-    folded = _fold(run, server_round, outgoing, gathered)
-    fold_seconds = run.clock() - fold_started
     replies = gathered.replies
     loss = mean_of([r.train_loss for r in replies], [r.num_examples for r in replies])
-    _describe(run, server_round, folded, gathered, loss)
-    path = run.directory.commit(server_round, folded.building)
+    if gathered.lost is None:
+        folded = _fold(run, server_round, outgoing, gathered)
+        fold_seconds, error = run.clock() - fold_started, folded.error
+        _describe(run, server_round, folded, gathered, loss)
+        building = folded.building
+    else:
+        building, fold_seconds, error = _lost(run, gathered.lost), 0.0, 0.0
+    path = run.directory.commit(server_round, building)
     run.log.write(
         events.RoundFinished(
             server_round=server_round,
             num_updates=len(replies),
             train_loss=loss,
-            aggregation_error=folded.error,
+            aggregation_error=error,
             aggregation_seconds=fold_seconds,
             seconds=run.clock() - started,
             adapter=path.name,
@@ -229,6 +247,21 @@ class _Unsent:
 
 def _first_adapter(run: _Run) -> Adapter:
     """Return the adapter that the first round begins with, and say in the log that it begins."""
+    adapter = _drawn_adapter(run)
+    run.log.write(
+        events.RunStarted(
+            base_model=run.directory.base_model,
+            num_rounds=run.settings.num_rounds,
+            aggregation=run.settings.aggregation,
+            rank=adapter.rank,
+            num_parameters=sum(m.b_OR.numel() + m.a_RI.numel() for m in adapter.modules.values()),
+        )
+    )
+    return adapter
+
+
+def _drawn_adapter(run: _Run) -> Adapter:
+    """Return the adapter that the first round begins with: the same for the same seed."""
     settings = run.settings
     adapter = initial_adapter(
         Path(settings.base_model),
@@ -246,16 +279,24 @@ def _first_adapter(run: _Run) -> Adapter:
             )
         modules = {name: orthonormalised(f, "A") for name, f in adapter.modules.items()}
         adapter = Adapter(adapter.rank, adapter.alpha, modules)
-    run.log.write(
-        events.RunStarted(
-            base_model=run.directory.base_model,
-            num_rounds=settings.num_rounds,
-            aggregation=settings.aggregation,
-            rank=adapter.rank,
-            num_parameters=sum(m.b_OR.numel() + m.a_RI.numel() for m in adapter.modules.values()),
-        )
-    )
     return adapter
+
+
+def _lost(run: _Run, lost: LostRound) -> Path:
+    """Build a round that leaves everything as it was; return its directory, not committed yet."""
+    is_first = lost.server_round == 1
+    adapter = _drawn_adapter(run) if is_first else run.directory.last_adapter()
+    building = _new_building(run, lost.server_round)
+    build_lost_round(run.directory, building, adapter, lost, Path(run.settings.base_model))
+    run.lost.append(lost)
+    return building
+
+
+def _new_building(run: _Run, server_round: int) -> Path:
+    """Return where a round's directory is made; nothing of a killed server is left there."""
+    building = run.directory.path / f".round-{server_round:04d}"
+    shutil.rmtree(building, ignore_errors=True)
+    return building
 
 
 def _fold(run: _Run, server_round: int, outgoing: Outgoing, gathered: Gathered) -> _Folded:
@@ -269,8 +310,7 @@ def _fold(run: _Run, server_round: int, outgoing: Outgoing, gathered: Gathered) 
         trains=run.trains(server_round),
         tails=states.tail,
     )
-    building = run.directory.path / f".round-{server_round:04d}"
-    shutil.rmtree(building, ignore_errors=True)
+    building = _new_building(run, server_round)
     errors: list[float] = []
     with run.directory.new_states(server_round) as new_states:
 

@@ -4,8 +4,10 @@
         opening.json     all that was said before the last stage of a round, and of whom
         opening.sum      the masked sum
         tried            that the last stage was tried in vain before
+        stopped          that the run ended because too many sums were lost: it may be resumed
 
-`opening.json` comes last: without it there is no opening.
+`opening.json` comes last: without it there is no opening. All of it is removed with the commit of a
+round.
 """
 
 from __future__ import annotations
@@ -78,6 +80,15 @@ class SecureMemory:
     def is_tried(self) -> bool:
         """Whether it was."""
         return (self._directory / "tried").is_file()
+
+    def note_stopped(self) -> None:
+        """Note that whoever leads the run was told of the lost sums up to now."""
+        write_atomically(self._directory / "stopped", "")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether they were, since the last round was over."""
+        return (self._directory / "stopped").is_file()
 
     def opening(self, server_round: int, subject: str) -> tuple[SecureSum, dict[str, Part]] | None:
         """Return the sum that a killed server had begun to open in this round, or None.

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from federation import events
+from federation.cohort import Candidates
 from federation.exchange import RoundError
-from federation.gathering import Gathered, Outgoing, Part, draw, request_of
+from federation.gathering import Gathered, Outgoing, Part, request_of
 from federation.header import WireError, num_numbers
+from federation.lost_rounds import LostRound
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory
 from federation.secure_messages import (
@@ -59,6 +61,8 @@ class _Attempt:
     parts: dict[str, Part] = field(default_factory=dict)
     """Of the sites whose masked vector came."""
     reasons: list[str] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+    """What sites said that did not answer the roster."""
 
 
 class SecureExchange:
@@ -66,6 +70,7 @@ class SecureExchange:
 
     def __init__(
         self,
+        lost: Sequence[LostRound],
         sites: Sites,
         settings: FederationSettings,
         *,
@@ -75,7 +80,18 @@ class SecureExchange:
         clock: Callable[[], float],
         sleep: Callable[[float], None],
     ) -> None:
-        """Nothing is sent before `gather`. Arguments as `federation.exchange.Exchange`."""
+        """Nothing is sent before `gather`.
+
+        Args:
+            lost: Rounds of this run whose sums were lost; it grows while the run lasts.
+            sites: This and the other arguments as of `federation.exchange.Exchange`.
+            settings: See there.
+            run: See there.
+            spool: See there.
+            log: See there.
+            clock: See there.
+            sleep: See there.
+        """
         self._sites = sites
         self._settings = settings
         self._run = run
@@ -84,8 +100,8 @@ class SecureExchange:
         self._log = log
         self._clock = clock
         self._sleep = sleep
-        self._silent: set[str] = set()
-        """Sites that did not answer the last time: others are asked before them."""
+        self._lost = lost
+        self._candidates = Candidates(lost)
 
     def gather(self, server_round: int, outgoing: Outgoing, trains: str) -> Gathered:
         """Return the mean of the sites' updates as one, or the adapter as it was sent.
@@ -110,8 +126,8 @@ class SecureExchange:
             attempt = self._masked(request, outgoing, subject)
             self._memory.keep_opening(attempt.secure, attempt.parts)
         total = self._open(attempt)
-        if total is None:
-            return Gathered([outgoing.served], [1], [], {"sites": [], **_in_words(attempt)})
+        if isinstance(total, LostRound):
+            return Gathered([], [], [], lost=total)
         return self._averaged(attempt, total, outgoing, trains)
 
     @property
@@ -124,40 +140,59 @@ class SecureExchange:
         Raises:
             RoundError: None had.
         """
-        settings, reasons = self._settings, []
-        for number in range(1, settings.round_attempts + 1):
-            is_first = request.server_round == 1 and number == 1
+        settings, reasons, num_tries = self._settings, [], 0
+        while num_tries < settings.round_attempts:
+            is_first = request.server_round == 1 and num_tries == 0
+            number = self._memory.next_attempt(request.server_round)
             asked = self._asked(request.server_round, number, is_first=is_first)
             terms = Terms(
                 run=self._run,
                 server_round=request.server_round,
-                attempt=self._memory.next_attempt(request.server_round),
+                attempt=number,
                 subject=subject,
                 num_coordinates=num_numbers(
                     outgoing.served.shapes(), outgoing.served.rank, request.trains
                 ),
                 **settings.secure_terms,
             )
+            num_tries += 1
             if len(asked) < terms.threshold:
-                reasons.append(f"{len(asked)} sites are connected, {terms.threshold} are needed")
+                reasons.append(f"{len(asked)} sites can be asked, {terms.threshold} are needed")
                 continue
-            attempt = _Attempt(SecureSum(terms, asked), replace(request, attempt=terms.attempt))
+            attempt = _Attempt(SecureSum(terms, asked), replace(request, attempt=number))
             try:
                 while attempt.secure.stage != Stage.REVEAL:
                     self._run_stage(attempt)
                     attempt.secure.close()
             except SecureSumError as error:
                 reasons += [str(error), *attempt.reasons[:_MAX_NAMED]]
+                strangers = self._candidates.leave_strangers_out(
+                    attempt.secure.identities, attempt.refusals
+                )
+                for site in strangers:
+                    said = "most of the others do not list its identity in their policies"
+                    self._fail(attempt, site, Stage.SHARE, f"{said}: it is asked no more")
+                num_tries -= bool(strangers)  # each is found once
                 continue
             return attempt
+        is_second = any(each.server_round == request.server_round - 1 for each in self._lost)
+        way_out = "mend the sites and resume the run"
+        if is_second and not settings.training.get("noise_multiplier"):
+            way_out += (
+                ", or begin a new one: the round before was lost, and without "
+                "training.noise_multiplier a site helps to open no second sum over its adapter"
+            )
         raise RoundError(
             f"round {request.server_round}: no secure sum in {settings.round_attempts} attempts "
             f"({'; '.join(reasons[:_MAX_NAMED])}); every reason is in {self._log.path}. Nothing "
-            "was opened and the last adapter stays: mend the sites and resume the run"
+            f"was opened and the last adapter stays: {way_out}"
         )
 
     def _asked(self, server_round: int, number: int, *, is_first: bool) -> list[str]:
-        """Return whom an attempt asks: those that answered last, as the seed draws them.
+        """Return whom an attempt asks, as the seed draws them.
+
+        A number of an attempt serves once, so a server that was killed draws anew: the sites that
+        it had drawn may have been the reason.
 
         Raises:
             RoundError: Too few sites for the first round.
@@ -170,10 +205,9 @@ class SecureExchange:
                 f"round 1: {len(connected)} of {needed} sites are connected after "
                 f"{settings.round_timeout_s:g} s: start the others, or lower num_sites"
             )
+
         seed = f"{settings.seed}/{server_round}/{number}"
-        asked = draw(sorted(set(connected) - self._silent), self._cohort, seed)
-        asked += draw(sorted(set(connected) & self._silent), self._cohort - len(asked), seed)
-        return sorted(asked)
+        return self._candidates.drawn(connected, self._cohort, seed)
 
     def _run_stage(self, attempt: _Attempt) -> None:
         """Ask the sites of a stage, and take in replies until all answered or time is up."""
@@ -193,6 +227,7 @@ class SecureExchange:
             message.write_bytes(secure.request())
         longest = secure.terms.masked_bytes if stage == Stage.MASK else MAX_MESSAGE_BYTES
         request = replace(attempt.request, stage=stage, message=message, max_reply_bytes=longest)
+        self._candidates.ask(asked)
         self._sites.send(asked, request)
         deadline = self._clock() + timeout_s
         while secure.waiting and self._clock() < deadline:
@@ -200,8 +235,6 @@ class SecureExchange:
                 self._sleep(0.05)
         while secure.waiting and self._take_next(attempt, stage):
             pass  # what had come by then counts, however long the checks before it took
-        self._silent -= set(asked)
-        self._silent |= secure.waiting
         for site in sorted(secure.waiting):
             self._fail(attempt, site, stage, f"no reply within {timeout_s:g} s")
 
@@ -221,6 +254,8 @@ class SecureExchange:
             self._take(attempt, stage, reply)
         except (SecureSumError, WireError) as error:
             secure.drop(reply.site)
+            if stage == Stage.SHARE:
+                attempt.refusals[reply.site] = str(error)
             self._fail(attempt, reply.site, stage, str(error))
         return True
 
@@ -250,13 +285,14 @@ class SecureExchange:
         )
 
     def _fail(self, attempt: _Attempt, site: str, stage: Stage, reason: str) -> None:
+        self._candidates.fail(site)
         attempt.reasons.append(f"site {site}, stage {stage}: {reason}")
         self._log.write(
             events.SiteFailed(attempt.request.server_round, site, f"stage {stage}: {reason}")
         )
 
-    def _open(self, attempt: _Attempt) -> WeightedSum | None:
-        """Return the opened sum, or None where it can never be opened.
+    def _open(self, attempt: _Attempt) -> WeightedSum | LostRound:
+        """Return the opened sum, or what is said of it where it can never be opened.
 
         Raises:
             RoundError: Too few sites showed their shares, and they may do so later.
@@ -279,12 +315,45 @@ class SecureExchange:
                 "refuse another sum of this round: start them again and resume the run, which asks "
                 "the same once more"
             )
+        lost: LostRound | None = None
         try:
             secure.close()
         except SecureSumError as error:
-            self._log.write(events.SumLost(server_round, str(error)))
-            return None
-        return secure.result
+            lost = LostRound(
+                server_round,
+                str(error),
+                suspects=tuple(sorted(secure.suspects)),
+                named=tuple(sorted(secure.doubted)),
+                terms=_in_words(attempt),
+            )
+            self._log.write(
+                events.SumLost(server_round, lost.reason, list(lost.suspects), list(lost.named))
+            )
+        self._name_liars(attempt)
+        return lost or secure.result
+
+    def _name_liars(self, attempt: _Attempt) -> None:
+        """Say whose shares did not fit, and ask those last that lied.
+
+        Where that cannot be told, both are said and neither is asked later: else a site could put
+        another behind itself.
+        """
+        secure, server_round = attempt.secure, attempt.request.server_round
+        at_odds: dict[str, set[str]] = {site: set() for site in secure.doubted}
+        for pair in secure.misfits:
+            for site, other in (pair, pair[::-1]):
+                if site in secure.doubted or other not in secure.doubted:
+                    at_odds.setdefault(site, set()).add(other)
+        for site, others in sorted(at_odds.items()):
+            reason = f"shares between it and site {', '.join(sorted(others))} do not fit"
+            if not others:
+                reason = "its secret cannot be put together from the shares that it dealt"
+            if site in secure.doubted:
+                self._fail(attempt, site, Stage.REVEAL, f"{reason}: it is asked last from now on")
+            else:
+                said = f"stage {Stage.REVEAL}: {reason}: one of them lied"
+                self._log.write(events.SiteFailed(server_round, site, said))
+        self._candidates.doubt(secure.doubted)
 
     def _averaged(
         self, attempt: _Attempt, total: WeightedSum, outgoing: Outgoing, trains: str

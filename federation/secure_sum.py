@@ -19,15 +19,8 @@ send sites different adapters or settings and keep one sum: they are in the term
 
 **Sites that collude with the server** (c of n) subtract what they sent: the others are hidden among
 at least t - c. They must be fewer than 2t - n, else the cohort can be split and told two stories;
-two thirds and one (federation.settings.default_threshold) bears any third. A site that lies can end
-the round or spoil the sum (a masked vector cannot be looked at: no robust rule works under it), but
-it opens nothing.
-
-**What the sum itself says.** It may say much about one site when the cohort is small, and the sums
-of two rounds more than one: hence the policy's least cohort, and record-level noise beside it. A
-round is opened once: a site that helped to open it refuses every other attempt of it. *Two runs*
-with the same start train the same updates: the same sum with and without a site is its update. A
-policy bounds that by the runs that it names, and noise ends it.
+two thirds and one (federation.settings.default_threshold) bears any third. A site that lies opens
+nothing; what it can spoil, and what the sum itself says: docs/decisions/0011-secure-sums.md.
 
 *The whole graph, not the sparse one of SecAgg+* (Bell et al., CCS 2020): with up to 64 sites each
 expands at most 63 masks at several GB/s, and a sparse graph buys that for a chance of failure.
@@ -41,21 +34,13 @@ no network, disk or clock. The site's half: client.secure_sum. Messages: federat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from federation.masking import KEY_BYTES, Mask, ring_dtype, signed, unpack
-from federation.secure_keys import (
-    commitment_of,
-    is_signed,
-    own_mask,
-    pair_mask,
-    public_key,
-)
+from federation.masking import KEY_BYTES, ring_dtype, unpack
+from federation.secure_keys import is_signed
 from federation.secure_messages import (
     Advertisement,
     Agreement,
@@ -78,8 +63,8 @@ from federation.secure_messages import (
     survivors_context,
     write,
 )
-from federation.shamir import reconstruct
-from federation.weighted_sum import WeightedSum
+from federation.unmasking import masks_left, recover
+from federation.weighted_sum import WeightedSum, plausible_sum
 
 if TYPE_CHECKING:
     from federation.masking import Ring
@@ -111,6 +96,12 @@ class SecureSum:
         """What replies are taken for; None when all is over."""
         self.waiting: set[str] = set(sites)
         """Who has still to answer in this stage."""
+        self.misfits: tuple[tuple[str, str], ...] = ()
+        """After the last stage: who showed a share that is not of whose secret."""
+        self.doubted: frozenset[str] = frozenset()
+        """After the last stage: who lied, if a single site did (federation.unmasking)."""
+        self.suspects: frozenset[str] = frozenset()
+        """After a last stage that opened no sum: the sites of which one or more are to blame."""
         self._session = session_of(terms)
         self._contexts = {Stage.ADVERTISE: self._session}
         self._advertisements: dict[str, Advertisement] = {}
@@ -173,6 +164,11 @@ class SecureSum:
         return {site for site, place in self._places.items() if place in self._revealed}
 
     @property
+    def identities(self) -> dict[str, str]:
+        """What the sites that advertised call themselves, for life."""
+        return {site: said.identity for site, said in self._advertisements.items()}
+
+    @property
     def num_came(self) -> int:
         """How many good replies the current stage has."""
         came: dict[Stage, Collection[object]] = {
@@ -193,6 +189,9 @@ class SecureSum:
         """
         stage, terms = self._current(), self.terms
         if (count := self.num_came) < terms.threshold:
+            if stage == Stage.REVEAL:
+                signed_it = {self._members[place] for place in self._signatures}
+                self.suspects = frozenset(signed_it - self.revealed)
             way_out = (
                 "those that revealed refuse this round from now on, so go on to the next one"
                 if stage == Stage.REVEAL
@@ -235,7 +234,7 @@ class SecureSum:
             raise ValueError(f"the stage is {self.stage}: expected {Stage.REVEAL}")
         return Opening(
             terms=self.terms,
-            sites=tuple(sorted(self._places, key=self._places.__getitem__)),
+            sites=tuple(self._members),
             roster=self._roster,
             sealed=self._sealed,
             survivors=self._survivors,
@@ -373,81 +372,31 @@ class SecureSum:
 
     def _close_reveal(self) -> None:
         """Take every mask out of the sum, one at a time, so that memory stays flat."""
-        for mask in self._masks_left():
-            mask.apply(self._elements_N)
-        terms, names = self.terms, {place: site for site, place in self._places.items()}
-        limbs = signed(self._elements_N[terms.num_coordinates :], terms.ring_bits).tolist()
-        total = sum(limb << (number * (terms.bits - 1)) for number, limb in enumerate(limbs))
-        least, most = len(self._summed), len(self._summed) * terms.max_examples
-        if not least <= total <= most:
+        members, senders, summed = self._members, self._sealed.senders, self._summed
+        secrets = recover(self._roster, senders, summed, self._revealed, self.terms.threshold)
+        self.misfits = tuple((members[one], members[two]) for one, two in sorted(secrets.misfits))
+        self.doubted = frozenset(members[place] for place in secrets.doubted)
+        if secrets.missing:
+            self.suspects = frozenset(members[place] for place in senders)
+            missing = ", ".join(sorted(members[place] for place in secrets.missing))
             self._abort(
-                f"the sites' examples add up to {total}, expected {least} to {most}: a site sent "
-                "no honest vector, and which one cannot be told"
+                f"the secret of site {missing} cannot be put together from the shares that "
+                f"{len(self._revealed)} sites showed: it, or a holder of its shares, lied"
             )
-        self._check_elements(total)
-        self._sum = WeightedSum(
-            terms=terms,
-            sites=tuple(sorted(names[place] for place in self._summed)),
-            total_examples=total,
-            elements_N=self._elements_N,
-        )
+        for mask in masks_left(secrets.found, summed, self._roster, self._contexts[Stage.MASK]):
+            mask.apply(self._elements_N)
+        names = sorted(members[place] for place in summed)
+        try:
+            self._sum = plausible_sum(self.terms, names, self._elements_N)
+        except SecureSumError as error:
+            self.suspects = frozenset(names)
+            self._abort(str(error))
         self.stage, self.waiting = None, set()
 
-    def _check_elements(self, total_examples: int) -> None:
-        """Abort where the sum has a number that sites which clip cannot have made together.
-
-        The ring is wider than that, so that one site could move the mean by far more than the clip.
-        """
-        terms = self.terms
-        # Each site's share of ``half``, and one for the rounding.
-        most = terms.half * total_examples / terms.max_examples + len(self._summed)
-        for start in range(0, terms.num_coordinates, _PIECE):
-            stop = min(start + _PIECE, terms.num_coordinates)
-            largest = int(np.abs(signed(self._elements_N[start:stop], terms.ring_bits)).max())
-            if largest > most:
-                self._abort(
-                    f"a number of the sum is {largest} levels, and sites that clip reach "
-                    f"{most:.0f} together: a site sent no honest vector, and which one cannot be "
-                    "told"
-                )
-
-    def _masks_left(self) -> Iterator[Mask]:
-        """Yield what undoes the masks in the sum: own ones, and those with sites that dropped."""
-        context = self._contexts[Stage.MASK]
-        members = self._roster.advertisements
-        for position, sender in enumerate(self._sealed.senders):
-            if sender in self._summed:
-                seed = self._secret(position, partial(self._is_seed, sender))
-                yield own_mask(seed, sender, context, undo=True)
-                continue
-            raw = self._secret(position, partial(self._is_mask_key, sender))
-            private = X25519PrivateKey.from_private_bytes(raw)
-            for survivor in sorted(self._summed):
-                key = members[survivor].mask_key
-                yield pair_mask(private, survivor, sender, key, context, undo=True)
-
-    def _secret(self, position: int, is_genuine: Callable[[bytes], bool]) -> bytes:
-        """Put together the secret of one of the senders."""
-        shares = {
-            holder + 1: bytes.fromhex(revealed[position])
-            for holder, revealed in self._revealed.items()
-            if revealed[position]
-        }
-        secret = reconstruct(shares, self.terms.threshold, is_genuine)
-        if secret is None:
-            self._abort(
-                f"the {len(shares)} shares of member {self._sealed.senders[position]}'s secret do "
-                "not give what it committed to: it or a holder of its shares lied"
-            )
-        return secret
-
-    def _is_seed(self, member: int, secret: bytes) -> bool:
-        commitment = self._roster.advertisements[member].commitment
-        return commitment_of(self._session, secret) == commitment
-
-    def _is_mask_key(self, member: int, secret: bytes) -> bool:
-        key = public_key(X25519PrivateKey.from_private_bytes(secret))
-        return key == self._roster.advertisements[member].mask_key
+    @property
+    def _members(self) -> list[str]:
+        """The sites by their place in the roster."""
+        return sorted(self._places, key=self._places.__getitem__)
 
     def _check_context(self, site: str, said: str) -> None:
         if said != self._contexts[self._current()]:

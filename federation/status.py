@@ -28,6 +28,8 @@ class _Round:
     """Site, and the round that its update was made for."""
     bytes_down: int = 0
     bytes_up: int = 0
+    is_lost: bool = False
+    """Its secure sum was: no update is in its adapter."""
 
     @property
     def delivered(self) -> set[str]:
@@ -155,6 +157,7 @@ def _take_of_the_run(run: _Run, event: events.Event) -> None:
         case events.RunResumed():
             _take_resumption(run, event.server_round)
         case events.SumLost():
+            run.round(event.server_round).is_lost = True
             summary["failures"].append(asdict(event) | {"site": ""})
         case events.RoundFinished():
             row = _row(run, event.server_round) | asdict(event)
@@ -239,7 +242,7 @@ def _row(run: _Run, server_round: int) -> dict[str, Any]:
         "server_round": server_round,
         "attempt": each.attempt,
         "num_asked": len(each.asked),
-        "num_updates": len(each.updates),
+        "num_updates": 0 if each.is_lost else len(each.updates),
         # A site that failed in a first attempt and delivered in the second did deliver.
         "num_failed": len(each.failed - each.delivered),
         "num_late": len(each.late),
@@ -256,7 +259,9 @@ def _row(run: _Run, server_round: int) -> dict[str, Any]:
 def _row_without_event(run: _Run, server_round: int) -> dict[str, Any]:
     """Return a finished round's row without its RoundFinished: what the updates say of it."""
     # A site's late update does not count beside its own of this round, as in the exchange.
-    by_site = {u.site: u for u in run.round(server_round).updates.values()}.values()
+    each = run.round(server_round)
+    updates = () if each.is_lost else each.updates.values()
+    by_site = {u.site: u for u in updates}.values()
     losses, num_examples = [u.train_loss for u in by_site], [u.num_examples for u in by_site]
     return _row(run, server_round) | {
         "num_updates": len(by_site),

@@ -1,11 +1,11 @@
-"""The sum that a secure sum opened, as a number and as an adapter.
+"""The sum that a secure sum opened: whether sites can have made it; as a number; as an adapter.
 
 Shape letters: N elements of the sum, R rank, C columns (O out or I in features).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from federation.header import tensor_shapes
 from federation.masking import signed
+from federation.secure_messages import SecureSumError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from federation.masking import Ring
     from federation.secure_messages import Terms
     from federation.update import Update
+
+
+_PIECE = 1 << 16
+"""Elements that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,40 @@ class WeightedSum:
         piece_N = signed(self.elements_N[start : start + count], terms.ring_bits)
         unit = terms.clip / terms.half * terms.max_examples / self.total_examples
         return piece_N.astype(np.float64) * unit
+
+
+def plausible_sum(terms: Terms, sites: Sequence[str], elements_N: Ring) -> WeightedSum:
+    """Return the sum, if sites that clip can have made it together.
+
+    The ring is wider than that, so that one site could move the mean by far more than the clip.
+
+    Args:
+        terms: What is summed.
+        sites: Whose vectors are in it.
+        elements_N: The sum, without its masks.
+
+    Raises:
+        SecureSumError: They cannot: a site lied, and nobody can tell which.
+    """
+    limbs = signed(elements_N[terms.num_coordinates :], terms.ring_bits).tolist()
+    total = sum(limb << (number * (terms.bits - 1)) for number, limb in enumerate(limbs))
+    least, most = len(sites), len(sites) * terms.max_examples
+    if not least <= total <= most:
+        raise SecureSumError(
+            f"the sites' examples add up to {total}, expected {least} to {most}: a site sent no "
+            "honest vector, and which one cannot be told"
+        )
+    # Each site's share of ``half``, and one for the rounding.
+    bound = terms.half * total / terms.max_examples + len(sites)
+    for start in range(0, terms.num_coordinates, _PIECE):
+        stop = min(start + _PIECE, terms.num_coordinates)
+        largest = int(np.abs(signed(elements_N[start:stop], terms.ring_bits)).max())
+        if largest > bound:
+            raise SecureSumError(
+                f"a number of the sum is {largest} levels, and sites that clip reach {bound:.0f} "
+                "together: a site sent no honest vector, and which one cannot be told"
+            )
+    return WeightedSum(terms, tuple(sorted(sites)), total, elements_N)
 
 
 class SummedFactors:

@@ -97,6 +97,11 @@ class Cohort:
             self.arrived[stage][name] = reply
             self.server.take(name, reply)
 
+    def places(self) -> dict[str, int]:
+        """Return where in the roster each site stands, if all advertise."""
+        order = sorted(self.sites, key=lambda name: public(self.sites[name].member.identity))
+        return {name: place for place, name in enumerate(order)}
+
     def until(self, last: Stage) -> bytes:
         """Run and close the stages before ``last``; return its request."""
         while self.server.stage != last:

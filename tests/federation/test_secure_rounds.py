@@ -2,7 +2,8 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from client.ledger import LEDGER, read_ledger
 from client.policy import Policy
 from client.policy_template import policy_template
 from federation.adapter import Adapter, read_adapter
-from federation.events import RoundFinished, SiteFailed, SumLost, SumOpened, UpdateReceived
+from federation.events import RoundFinished, SiteFailed, SumOpened, UpdateReceived
 from federation.exchange import RoundError
 from federation.plan import make_plan
-from federation.rounds import run_rounds
 from federation.run_directory import RunDirectory
 from federation.secure_messages import Stage
 from federation.settings import FederationSettings, SettingsError, load_settings
@@ -25,37 +25,26 @@ from federation.sites import Reply
 from federation.status import summarise
 from federation.update import open_update
 from tests.federation.runs import dense, events
+from tests.federation.secure_runs import (
+    CLIP,
+    RANK,
+    SHORT,
+    Make,
+    die,
+    once,
+    run,
+    secure_settings,
+)
 from tests.secure_sites import SecureSites
-from tests.simulated import Ticks
 
-TRAINING = {"num_steps": 2, "batch_size": 4, "max_tokens": 64, "dtype": "float32"}
-SHORT = TRAINING | {"num_steps": 1}
-CLIP, RANK = 4e-3, 4
 BOUND = CLIP / (2**15 - 1) * RANK**0.5
 """On a number of B @ A: each of R numbers of B is rounded by less than a step, and A's rows are
 orthonormal."""
-Make = Callable[..., FederationSettings]
 
 
 @pytest.fixture
 def settings(tiny_model: Path, tmp_path: Path) -> Make:
-    def make(**changes: Any) -> FederationSettings:
-        table = {"enabled": True, "threshold": 3, "clip": CLIP, "stage_timeout_s": 5.0}
-        values: dict[str, Any] = {
-            "base_model": str(tiny_model),
-            "out": str(tmp_path / "run"),
-            "num_rounds": 1,
-            "num_sites": 4,
-            "aggregation": "alternating",
-            "metrics": "seconds,train_loss",
-            "adapter": {"rank": RANK, "alpha": 8.0, "targets": "attention"},
-            "training": TRAINING,
-            "round_timeout_s": 5.0,
-            "secure_sum": table | changes.pop("secure_sum", {}),
-        }
-        return load_settings(FederationSettings, values | changes, "the test")
-
-    return make
+    return partial(secure_settings, tiny_model, out=str(tmp_path / "run"))
 
 
 @pytest.fixture
@@ -64,29 +53,10 @@ def sites(tiny_model: Path, tmp_path: Path) -> Iterator[SecureSites]:
         yield made
 
 
-def run(sites: SecureSites, settings: FederationSettings) -> Path:
-    clock = Ticks()
-    return run_rounds(sites, settings, clock=clock, sleep=clock.sleep)
-
-
 def distance(one: Adapter, other: Adapter) -> float:
     """Return the largest difference of a number of the products: QR turns the factors."""
     pairs = [(dense(one.modules[name]), dense(other.modules[name])) for name in one.modules]
     return max(float(np.abs(a - b).max()) for a, b in pairs)
-
-
-def die() -> None:
-    raise SystemExit
-
-
-def once(action: Callable[[], None]) -> Callable[[], None]:
-    """Return what acts the first time only."""
-    actions = iter([action])
-
-    def act() -> None:
-        next(actions, lambda: None)()
-
-    return act
 
 
 def run_id(directory: Path) -> str:
@@ -237,40 +207,6 @@ def test_sites_that_are_gone_when_shares_are_shown_are_waited_for_over_a_resume(
     (opened,) = events(settings(), SumOpened)
     assert opened.attempt == 1
     assert_mean_of(sites, settings(), "abcd")
-
-
-def test_a_sum_that_can_never_be_opened_loses_its_round_and_the_run_goes_on(
-    settings: Make, sites: SecureSites
-) -> None:
-    two = settings(training=SHORT, num_rounds=2)
-    sites.silent = {"b": Stage.REVEAL, "c": Stage.REVEAL}
-    with pytest.raises(RoundError):
-        run(sites, two)
-    sites.before[Stage.ADVERTISE] = sites.silent.clear
-    run(sites, settings(resume=two.out))
-    (lost,) = events(two, SumLost)
-    assert lost.server_round == 1
-    first, second = events(two, RoundFinished)
-    assert (first.num_updates, second.num_updates) == (0, 4)
-    served = open_update(Path(two.out) / "served" / "round-0002.update").adapter()
-    assert all(np.abs(dense(factors)).max() == 0 for factors in served.modules.values())
-
-
-def test_a_liar_among_the_holders_of_shares_cannot_open_anything(
-    settings: Make, sites: SecureSites
-) -> None:
-    def other_shares(reply: bytes) -> bytes:
-        value = json.loads(reply)
-        value["shares"] = [
-            share[:-2] + ("00" if share[-2:] != "00" else "01") for share in value["shares"]
-        ]
-        return json.dumps(value).encode()
-
-    for name in "ab":
-        sites.spoil[name, Stage.REVEAL] = other_shares
-    run(sites, settings(training=SHORT))
-    (lost,) = events(settings(), SumLost)
-    assert "do not give what it committed to" in lost.reason
 
 
 def test_two_rounds_train_b_then_a_and_the_lineage_says_what_was_summed(

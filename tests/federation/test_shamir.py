@@ -1,11 +1,21 @@
 import itertools
 import random
+import time
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.shamir import PRIME, SECRET_BYTES, SHARE_BYTES, join, reconstruct, split
+from federation.shamir import (
+    MAX_TRIES,
+    PRIME,
+    SECRET_BYTES,
+    SHARE_BYTES,
+    join,
+    reconstruct,
+    split,
+)
 
 
 def test_the_field_is_prime() -> None:
@@ -49,13 +59,91 @@ def test_two_sharings_of_one_secret_have_no_share_in_common() -> None:
     assert not set(split(secret, 2, 5)) & set(split(secret, 2, 5))
 
 
-def test_tampered_shares_are_outvoted_or_noticed() -> None:
+def tampered(shares: list[bytes], wrong: Mapping[int, bytes]) -> dict[int, bytes]:
+    return dict(enumerate(shares, start=1)) | wrong
+
+
+def by_brute_force(
+    shares: dict[int, bytes], threshold: int, secret: bytes
+) -> tuple[bytes, frozenset[int]] | None:
+    """Return the secret and the wrong points as the sets that give it say: every set is tried."""
+    right: set[int] = set()
+    for chosen in itertools.combinations(shares, threshold):
+        try:
+            if join({point: shares[point] for point in chosen}) == secret:
+                right |= set(chosen)
+        except ValueError:
+            continue
+    return (secret, frozenset(shares.keys() - right)) if right else None
+
+
+@given(st.integers(2, 8), st.data())
+def test_wrong_shares_are_found_as_by_trying_every_set(points: int, data: st.DataObject) -> None:
+    threshold = data.draw(st.integers(1, points))
+    secret = data.draw(st.binary(min_size=SECRET_BYTES, max_size=SECRET_BYTES))
+    share = st.one_of(st.just(bytes(SHARE_BYTES)), st.integers(0, PRIME - 1).map(_as_share))
+    liars = st.dictionaries(st.integers(1, points), share, max_size=points)
+    shares = tampered(split(secret, threshold, points), data.draw(liars))
+    seen = reconstruct(shares, threshold, lambda s: s == secret)
+    expected = by_brute_force(shares, threshold, secret)
+    assert (seen and (seen.secret, seen.wrong)) == expected
+
+
+def _as_share(value: int) -> bytes:
+    return value.to_bytes(SHARE_BYTES, "big")
+
+
+@pytest.mark.parametrize(("points", "threshold"), [(5, 3), (14, 9), (16, 11), (64, 43), (64, 64)])
+def test_as_many_liars_as_the_code_bears_are_named_at_once(points: int, threshold: int) -> None:
+    """They lie at the low points, and all alike: as shares of another polynomial."""
+    secret, other = b"\x01" * SECRET_BYTES, split(b"\x02" * SECRET_BYTES, threshold, points)
+    liars = set(range(1, 1 + (points - threshold) // 2))
+    shares = tampered(split(secret, threshold, points), {n: other[n - 1] for n in liars})
+    asked: list[bytes] = []
+
+    def is_genuine(tried: bytes) -> bool:
+        asked.append(tried)
+        return tried == secret
+
+    began = time.process_time()
+    seen = reconstruct(shares, threshold, is_genuine, max_tries=0)
+    assert time.process_time() - began < 1
+    assert (seen.secret, seen.wrong) == (secret, liars)
+    assert len(asked) <= 2
+
+
+def test_beyond_what_the_code_bears_sets_are_tried_wherever_the_liars_are() -> None:
     secret = bytes(range(SECRET_BYTES))
-    shares = dict(enumerate(split(secret, 3, 5), start=1))
-    spoiled = shares | {1: shares[2], 4: bytes(SHARE_BYTES)}
-    assert reconstruct(spoiled, 3, lambda s: s == secret) == secret
-    assert reconstruct(spoiled | {5: bytes(SHARE_BYTES)}, 3, lambda s: s == secret) is None
-    assert reconstruct({1: shares[1], 2: shares[2]}, 3, lambda s: s == secret) is None
+    for liars in ({1, 2, 3}, {12, 13, 14}, {2, 7, 14}):
+        wrong = {n: _as_share(n) for n in liars}
+        seen = reconstruct(tampered(split(secret, 9, 14), wrong), 9, secret.__eq__)
+        assert (seen.secret, seen.wrong) == (secret, liars)
+
+
+def test_without_a_genuine_secret_the_search_ends_within_its_bound() -> None:
+    """Of the largest cohort, whoever wants to keep the server busy."""
+    tried: list[bytes] = []
+
+    def is_genuine(secret: bytes) -> bool:
+        tried.append(secret)
+        return False
+
+    shares = tampered(split(bytes(SECRET_BYTES), 43, 64), {})
+    began = time.process_time()
+    assert reconstruct(shares, 43, is_genuine) is None
+    assert time.process_time() - began < 10
+    assert len(tried) <= MAX_TRIES + 2
+
+
+def test_doubted_shares_are_left_out_first_and_used_where_nothing_goes_without_them() -> None:
+    secret = bytes(range(SECRET_BYTES))
+    shares = tampered(split(secret, 10, 20), {n: _as_share(n) for n in range(1, 8)})
+    assert reconstruct(shares, 10, secret.__eq__, max_tries=0) is None  # 7 of 20, and 5 are borne
+    seen = reconstruct(shares, 10, secret.__eq__, doubted={1, 2, 3, 4}, max_tries=0)
+    assert (seen.secret, seen.wrong) == (secret, set(range(1, 8)))
+    honest = tampered(split(secret, 10, 20), {})
+    seen = reconstruct(honest, 10, secret.__eq__, doubted=set(range(1, 16)), max_tries=0)
+    assert (seen.secret, seen.wrong) == (secret, frozenset())
 
 
 def test_what_is_no_share_is_refused() -> None:

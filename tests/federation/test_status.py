@@ -198,6 +198,26 @@ def test_a_round_whose_last_event_a_kill_prevented_is_done_and_has_its_row(tmp_p
     assert "not known" in shown(summary)
 
 
+def test_a_lost_sum_has_no_updates_in_it_whatever_came_and_is_among_the_failures(
+    tmp_path: Path,
+) -> None:
+    lost = [
+        events.RoundStarted(1, ["a", "b"], 500),
+        update(1, "a"),
+        update(1, "b"),
+        events.SumLost(1, "no honest vector", ["a", "b"]),
+    ]
+    again = [events.RoundStarted(2, ["a", "b"], 500), update(2, "a"), update(2, "b")]
+    summary = summarise(
+        write(tmp_path / "killed.jsonl", started(), *lost, events.RunResumed(2), *again)
+    )
+    (row,) = summary["rounds"]
+    assert (row["server_round"], row["num_updates"], row["train_loss"]) == (1, 0, None)
+    assert summary["current"]["num_updates"] == 2
+    assert [each["reason"] for each in summary["failures"]] == ["no honest vector"]
+    assert "no honest vector" in shown(summary)
+
+
 def test_a_checkpoint_older_than_the_log_takes_the_log_back(tmp_path: Path) -> None:
     path = write(
         tmp_path / "events.jsonl", started(), finished(1), finished(2), events.RunResumed(2)

@@ -1,0 +1,191 @@
+"""Shares that do not fit: what is put right, who is named, and who is not."""
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client import secure_sum as site_half
+from federation.secure_keys import seal
+from federation.secure_messages import (
+    Revealed,
+    Roster,
+    SealedShares,
+    SecureSumError,
+    Stage,
+    read,
+    roster_context,
+    write,
+)
+from federation.shamir import SHARE_BYTES
+from tests.secure_cohort import Cohort
+
+
+def changed_shares(raw: bytes, places: Collection[int]) -> bytes:
+    """Change the shares of these dealers among those that a site reveals."""
+    revealed = read(Revealed, raw)
+    shares = tuple(
+        (s[:-1] + ("1" if s[-1] == "0" else "0")) if place in places else s
+        for place, s in enumerate(revealed.shares)
+    )
+    return write(revealed.model_copy(update={"shares": shares}))
+
+
+def lie(raw: bytes) -> bytes:
+    """Change every share that is revealed."""
+    return changed_shares(raw, range(64))
+
+
+def deal_badly(cohort: Cohort, name: str, holders: Collection[str]) -> Callable[[bytes], bytes]:
+    """Let a site seal shares of something else for some of the holders, as it may: none can see."""
+
+    def dealt(raw: bytes) -> bytes:
+        site, places = cohort.sites[name], cohort.places()
+        roster = read(Roster, site.held.requests[Stage.SHARE].encode())
+        private = site_half._private(site.held.secrets.seal_key)
+        shares = list(read(SealedShares, raw).sealed)
+        for holder in holders:
+            place = places[holder]
+            key = roster.advertisements[place].seal_key
+            context, plain = roster_context(roster), bytes(2 * SHARE_BYTES)
+            shares[place] = seal(private, key, context, places[name], place, plain)
+        return write(read(SealedShares, raw).model_copy(update={"sealed": tuple(shares)}))
+
+    return dealt
+
+
+def test_a_site_that_reveals_wrong_shares_is_outvoted_while_enough_others_reveal() -> None:
+    cohort = Cohort(5, 3)
+    silent = {"s4": Stage.MASK}
+    total = cohort.sum(silent, spoil={("s0", Stage.REVEAL): lie})
+    assert total == cohort.plain_sum(["s0", "s1", "s2", "s3"])
+    assert cohort.server.misfits == tuple(
+        ("s0", d) for d in sorted(cohort.sites, key=cohort.places().get)
+    )
+    assert cohort.server.doubted == {"s0"}
+
+
+def test_three_liars_of_sixteen_are_outvoted_and_named() -> None:
+    """They are the first ones in order: a search through sets of shares began with them."""
+    cohort = Cohort(16, 9)
+    liars = {"s0", "s1", "s2"}
+    total = cohort.sum(spoil={(name, Stage.REVEAL): lie for name in liars})
+    assert total == cohort.plain_sum(cohort.sites)
+    assert cohort.server.doubted == liars
+
+
+def test_of_one_wrong_share_nobody_can_tell_whether_its_holder_or_its_dealer_lied() -> None:
+    holder, dealer = Cohort(5, 3), Cohort(5, 3)
+    place = holder.places()["s1"]
+    total = holder.sum(spoil={("s0", Stage.REVEAL): lambda raw: changed_shares(raw, [place])})
+    assert total == holder.plain_sum(holder.sites)
+    total = dealer.sum(spoil={("s1", Stage.SHARE): deal_badly(dealer, "s1", ["s0"])})
+    assert total == dealer.plain_sum(dealer.sites)
+    for cohort in (holder, dealer):
+        assert cohort.server.misfits == (("s0", "s1"),)
+        assert cohort.server.doubted == set()
+
+
+def test_a_site_that_shows_a_wrong_share_of_its_own_secret_lied() -> None:
+    cohort = Cohort(5, 3)
+    place = cohort.places()["s0"]
+    total = cohort.sum(spoil={("s0", Stage.REVEAL): lambda raw: changed_shares(raw, [place])})
+    assert total == cohort.plain_sum(cohort.sites)
+    assert cohort.server.misfits == (("s0", "s0"),)
+    assert cohort.server.doubted == {"s0"}
+
+
+def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
+    """It deals the other a wrong share, and shows a wrong share of the other's, and of a third."""
+    cohort = Cohort(5, 3)
+    other, third = cohort.places()["s1"], cohort.places()["s2"]
+    spoil = {
+        ("s0", Stage.SHARE): deal_badly(cohort, "s0", ["s1"]),
+        ("s0", Stage.REVEAL): lambda raw: changed_shares(raw, [other, third]),
+    }
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert set(cohort.server.misfits) == {("s1", "s0"), ("s0", "s1"), ("s0", "s2")}
+    assert cohort.server.doubted == {"s0"}
+
+
+def test_liars_found_by_one_secret_are_left_out_for_the_others() -> None:
+    """Nine of forty are borne, and fourteen lie about the second secret: those nine among them."""
+    cohort = Cohort(40, 21)
+    first, second = 0, 1
+    liars = sorted(cohort.sites)[:14]
+    spoil = {
+        (name, Stage.REVEAL): partial(
+            changed_shares, places=[first, second] if name in liars[:9] else [second]
+        )
+        for name in liars
+    }
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert {holder for holder, _ in cohort.server.misfits} == set(liars)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_one_liar_deals_and_shows_nobody_else_is_named(data: st.DataObject) -> None:
+    """And what is opened is the plain sum, or nothing is."""
+    size = data.draw(st.integers(3, 8))
+    threshold = data.draw(st.integers(size // 2 + 1, size))
+    cohort = Cohort(size, threshold)
+    others = [name for name in cohort.sites if name != "s0"]
+    gone = data.draw(st.sets(st.sampled_from(others), max_size=size - threshold))
+    stages = st.sampled_from([Stage.MASK, Stage.REVEAL])
+    silent = {name: data.draw(stages) for name in sorted(gone)}
+    if data.draw(st.booleans()) and len(gone) < size - threshold:
+        silent["s0"] = Stage.MASK  # then the key of its masks is needed, and not the seed
+    victims = data.draw(st.sets(st.sampled_from(list(cohort.sites))))
+    lied_about = data.draw(st.sets(st.integers(0, size - 1)))
+    spoil = {
+        ("s0", Stage.SHARE): deal_badly(cohort, "s0", victims),
+        ("s0", Stage.REVEAL): lambda raw: changed_shares(raw, lied_about),
+    }
+    summed = [name for name in cohort.sites if silent.get(name) != Stage.MASK]
+    try:
+        assert cohort.sum(silent, spoil=spoil) == cohort.plain_sum(summed)
+    except SecureSumError:
+        with pytest.raises(SecureSumError, match="not open"):
+            _ = cohort.server.result
+        assert "s0" in cohort.server.suspects
+    assert cohort.server.doubted <= {"s0"}
+
+
+def test_dealers_of_wrong_shares_do_not_rule_honest_holders_out() -> None:
+    """Each makes two of nine look like liars: without all of them too few would be left."""
+    cohort = Cohort(9, 5)
+    victims = {"s0": ["s3", "s4"], "s1": ["s5", "s6"], "s2": ["s7", "s8"]}
+    spoil = {(n, Stage.SHARE): deal_badly(cohort, n, whom) for n, whom in victims.items()}
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert {dealer for _, dealer in cohort.server.misfits} == set(victims)
+
+
+@pytest.mark.parametrize("stage", [None, Stage.MASK])
+def test_a_site_whose_secret_nobody_can_put_together_is_named(stage: Stage | None) -> None:
+    """Whether the seed of its mask is needed, or the key of its masks with the others."""
+    cohort = Cohort(5, 3)
+    spoil = {("s1", Stage.SHARE): deal_badly(cohort, "s1", list(cohort.sites))}
+    with pytest.raises(SecureSumError, match="the secret of site s1 cannot be put together"):
+        cohort.sum({} if stage is None else {"s1": stage}, spoil=spoil)
+    assert cohort.server.suspects == set(cohort.sites)
+    assert cohort.server.doubted == {"s1"}
+
+
+def test_without_shares_to_spare_a_missing_secret_makes_nobody_doubted() -> None:
+    """Any holder of one may have lied, to have its dealer left out."""
+    cohort = Cohort(4, 4)
+    place = cohort.places()["s1"]
+    with pytest.raises(SecureSumError, match="the secret of site s1 cannot be put together"):
+        cohort.sum(spoil={("s0", Stage.REVEAL): lambda raw: changed_shares(raw, [place])})
+    assert (cohort.server.doubted, cohort.server.suspects) == (set(), set(cohort.sites))
+
+
+def test_without_enough_genuine_shares_the_attempt_ends_and_names_whose_they_are() -> None:
+    cohort = Cohort(4, 4)
+    with pytest.raises(SecureSumError, match="site s0, s1, s2, s3 cannot .* that 4 sites showed"):
+        cohort.sum(spoil={("s0", Stage.REVEAL): lie})
+    with pytest.raises(SecureSumError, match="not open"):
+        _ = cohort.server.result
