@@ -21,10 +21,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from federation.adapter import Adapter
 from federation.atomic import write_atomically
 from federation.errors import UserError
-from federation.wire import MissingReferenceError, Update, WireError, open_update, write_message
+from federation.wire import (
+    Factors,
+    MissingReferenceError,
+    Update,
+    WireError,
+    open_update,
+    write_message,
+)
 
 KEPT_S = 30 * 24 * 3600
 """Seconds for which the state of a run that asks no more is kept: it may be resumed."""
@@ -93,7 +99,7 @@ class SiteState:
             )
         return held
 
-    def residual(self, server_round: int, received: Update, like: Adapter) -> Adapter | None:
+    def residual(self, server_round: int, received: Update, like: Factors) -> Update | None:
         """Return what is still to be sent when this round starts, or None.
 
         A residual of another rank or scale belongs to another factorisation and is not used.
@@ -111,7 +117,7 @@ class SiteState:
             return None
         path = self._directory / name
         try:
-            kept = open_update(path)
+            kept = open_update(path, keeps=True)
         except (OSError, WireError) as error:
             raise SiteStateError(
                 f"{path} is damaged ({error}): remove {self._directory}; the site then goes on "
@@ -119,7 +125,7 @@ class SiteState:
             ) from None
         if (kept.rank, kept.alpha, kept.shapes()) != (like.rank, like.alpha, like.shapes()):
             return None
-        return kept.adapter()
+        return kept
 
     def take_back_unless(self, has_left: Callable[[int], bool]) -> None:
         """Forget what the last round left to be sent, if its own answer never left.
@@ -135,7 +141,7 @@ class SiteState:
             self._write(replace(last, after=last.before))
 
     def keep(
-        self, server_round: int, received: Update, *, residual: Adapter | None, is_reference: bool
+        self, server_round: int, received: Update, *, residual: Factors | None, is_reference: bool
     ) -> None:
         """Put the state after a round on disk; it is there when this returns.
 
@@ -153,7 +159,10 @@ class SiteState:
         digest = received.sha256_of_content
         path = self._adapter_path(digest)
         if is_reference and not path.is_file():
-            write_message(path, received, dtype="float32", base_model=received.base_model)
+            # If power is lost it may be damaged: its digest says so, and it is asked for again.
+            write_message(
+                path, received, dtype="float32", base_model=received.base_model, is_synced=False
+            )
         after = ""
         if residual is not None:
             after = f"residual-{server_round}-{digest[:16]}"

@@ -18,12 +18,14 @@ def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o644) -> 
 
 
 @contextmanager
-def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, mode: int = 0o644, is_synced: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file that becomes ``path``, on disk, when the block ends without error.
 
     Args:
         path: What it becomes.
         mode: Its permissions; until then it is its owner's alone.
+        is_synced: Whether it is on disk then. If not, it outlives a kill, but perhaps not a loss of
+            power: for what a reader checks by its digest and can get again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -31,10 +33,12 @@ def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                os.fsync(file.fileno())
         Path(name).chmod(mode)
         Path(name).replace(path)
-        sync_directory(path.parent)
+        if is_synced:
+            sync_directory(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

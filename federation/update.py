@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -109,10 +109,27 @@ def content_digest(adapter: Factors, base_model: str) -> str:
             reference="",
         )
     )
-    for module in sorted(shapes):
-        for factor in FACTORS["AB"]:
-            digest.update(adapter.rows(module, factor, adapter.rank).flatten().numpy().data)
+    for module, factor in tensors_of(adapter):
+        digest.update(whole_rows(adapter, module, factor).flatten().numpy().data)
     return digest.hexdigest()
+
+
+def tensors_of(adapter: Factors, factors: str = "AB") -> Iterator[tuple[str, str]]:
+    """Yield module and factor of every tensor, in the order of a message."""
+    return ((module, factor) for module in sorted(adapter.shapes()) for factor in FACTORS[factors])
+
+
+def whole_rows(adapter: Factors, module: str, factor: str) -> Tensor:
+    """Return all slices of one factor [R, C] to be read only: perhaps the adapter's own memory."""
+    if isinstance(adapter, Update) and adapter.numbers is not None and factor in adapter.factors:
+        return adapter.numbers[f"{module}.{factor}"]
+    return adapter.rows(module, factor, adapter.rank)
+
+
+def is_within(values: Tensor, largest: float) -> bool:
+    """Tell whether all numbers are finite and none is larger, either way, in one pass."""
+    low, high = values.aminmax()  # both are NaN if one number is
+    return float(low) >= -largest and float(high) <= largest
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,8 @@ class Update:
     header: Header
     origin: Update | None = None
     """The reference itself, where ``reference`` names one."""
+    numbers: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """Its tensors by name, absolute, where they are kept in memory; nobody changes them."""
 
     @property
     def rank(self) -> int:
@@ -226,6 +245,9 @@ class Update:
         if factor not in self.factors:
             self._held._read_factor(module, factor, rows_RC)
             return
+        if self.numbers is not None:
+            rows_RC.copy_(self.numbers[f"{module}.{factor}"][: len(rows_RC)])
+            return
         with self.path.open("rb") as file:
             _fill(file, self.header.places[f"{module}.{factor}"], self.dtype, rows_RC)
         if holds_changes(self.dtype):
@@ -258,6 +280,7 @@ def open_update(
     *,
     reference: Update | None = None,
     refuse: Callable[[Update], None] = lambda _: None,
+    keeps: bool = False,
 ) -> Update:
     """Check a message on disk from its first to its last byte and return its table of contents.
 
@@ -267,6 +290,7 @@ def open_update(
         refuse: Raises WireError for an update that is not wanted. It hears what the header says,
             before a value is read: one tensor as large as the message takes several times that
             in memory.
+        keeps: The numbers stay in memory, as float32: for who reads them all several times.
 
     Raises:
         MissingReferenceError: It stands on another adapter than ``reference``; both are named.
@@ -298,15 +322,18 @@ def open_update(
         origin=_resolve(header, reference),
     )
     refuse(update)
+    numbers: dict[str, Tensor] = {}
     for module in update.modules:
         for factor in FACTORS[update.factors]:
-            # The comparison is False for NaN.
-            if not float(update.rows(module, factor, update.rank).abs().max()) <= LARGEST:
+            rows_RC = update.rows(module, factor, update.rank)
+            if not is_within(rows_RC, LARGEST):
                 raise WireError(
                     f"the update's {module}.{factor} holds NaN, infinity or a number beyond "
                     f"{LARGEST:g}"
                 )
-    return update
+            if keeps:
+                numbers[f"{module}.{factor}"] = rows_RC
+    return replace(update, numbers=numbers) if keeps else update
 
 
 def _resolve(header: Header, reference: Update | None) -> Update | None:

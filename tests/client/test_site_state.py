@@ -11,6 +11,7 @@ import torch
 from client.site_state import SiteState, SiteStateError
 from federation.adapter import Adapter, LowRank
 from federation.wire import (
+    Factors,
     MissingReferenceError,
     Update,
     WireError,
@@ -36,8 +37,8 @@ def sent(directory: Path, seed: int, reference: Update | None = None) -> Update:
     return open_update(path, reference=reference)
 
 
-def value(residual: Adapter | None) -> float | None:
-    return residual and float(residual.modules["layers.0.q_proj"].b_OR[0, 0])
+def value(residual: Factors | None) -> float | None:
+    return residual and float(residual.rows("layers.0.q_proj", "B", 1)[0, 0])
 
 
 def test_a_round_asked_again_starts_from_the_residual_it_started_from(tmp_path: Path) -> None:
