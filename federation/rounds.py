@@ -185,15 +185,15 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     before = _served_before(run, server_round)
     is_same_layout = before is not None and before.rank == adapter.rank
     if dtype == "float32" or (holds_changes(dtype) and not is_same_layout):
-        with whole_message(path, adapter, digest) as served:
+        with whole_message(path, adapter, digest, is_synced=False) as served:
             for module, factor in tensors_of(adapter):
                 served.add(f"{module}.{factor}", whole_rows(adapter, module, factor))
         return Outgoing(served.opened(), path, before)
     reference = before if holds_changes(dtype) else None
     message, unsent_path = path.with_suffix(f".{dtype}"), path.with_suffix(".unsent")
     with (
-        whole_message(path, adapter, digest) as served,
-        whole_message(unsent_path, adapter, digest) as unsent,
+        whole_message(path, adapter, digest, is_synced=False) as served,
+        whole_message(unsent_path, adapter, digest, is_synced=False) as unsent,
     ):
 
         def keep(module: str, factor: str, rows_RC: Tensor, sent_RC: Tensor) -> None:

@@ -97,21 +97,23 @@ def content_digest(adapter: Factors, base_model: str) -> str:
 
     It names an adapter on both sides of the wire, whatever the message was that brought it.
     """
-    shapes = adapter.shapes()
-    digest = hashlib.sha256(
-        write_head(
-            shapes,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dtype="float32",
-            factors="AB",
-            base_model=base_model,
-            reference="",
-        )
-    )
+    digest = hashlib.sha256(whole_head(adapter, base_model))
     for module, factor in tensors_of(adapter):
         digest.update(whole_rows(adapter, module, factor).flatten().numpy().data)
     return digest.hexdigest()
+
+
+def whole_head(adapter: Factors, base_model: str) -> bytes:
+    """Return the head of the adapter's float32 message."""
+    return write_head(
+        adapter.shapes(),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dtype="float32",
+        factors="AB",
+        base_model=base_model,
+        reference="",
+    )
 
 
 def tensors_of(adapter: Factors, factors: str = "AB") -> Iterator[tuple[str, str]]:
@@ -147,6 +149,8 @@ class Update:
     """The reference itself, where ``reference`` names one."""
     numbers: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     """Its tensors by name, absolute, where they are kept in memory; nobody changes them."""
+    content: str = ""
+    """Content digest, where it is known."""
 
     @property
     def rank(self) -> int:
@@ -186,10 +190,8 @@ class Update:
 
     @cached_property
     def sha256_of_content(self) -> str:
-        """Content digest of the adapter; costs a walk over it unless it is a float32 message."""
-        if self.dtype == "float32" and self.factors == "AB":
-            return self.checksum
-        return content_digest(self, self.base_model)
+        """Content digest of the adapter; costs a walk over it if nobody knows it."""
+        return self.content or content_digest(self, self.base_model)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out features, in features) by module."""
@@ -320,20 +322,26 @@ def open_update(
         num_bytes=size,
         header=header,
         origin=_resolve(header, reference),
+        content=seen.hex() if (header.dtype, header.factors) == ("float32", "AB") else "",
     )
     refuse(update)
     numbers: dict[str, Tensor] = {}
-    for module in update.modules:
-        for factor in FACTORS[update.factors]:
-            rows_RC = update.rows(module, factor, update.rank)
-            if not is_within(rows_RC, LARGEST):
-                raise WireError(
-                    f"the update's {module}.{factor} holds NaN, infinity or a number beyond "
-                    f"{LARGEST:g}"
-                )
-            if keeps:
-                numbers[f"{module}.{factor}"] = rows_RC
-    return replace(update, numbers=numbers) if keeps else update
+    content = hashlib.sha256(whole_head(update, update.base_model))
+    for module, factor in tensors_of(update, update.factors):
+        rows_RC = update.rows(module, factor, update.rank)
+        if not is_within(rows_RC, LARGEST):
+            raise WireError(
+                f"the update's {module}.{factor} holds NaN, infinity or a number beyond {LARGEST:g}"
+            )
+        if keeps:
+            numbers[f"{module}.{factor}"] = rows_RC
+            if not update.content:
+                content.update(rows_RC.numpy().data)
+    if not keeps:
+        return update
+    is_whole = update.factors == "AB"
+    known = update.content or (content.hexdigest() if is_whole else "")
+    return replace(update, numbers=numbers, content=known)
 
 
 def _resolve(header: Header, reference: Update | None) -> Update | None:

@@ -53,6 +53,7 @@ from federation.update import (
     reference_of,
     refuse_other_slices,
     tensors_of,
+    whole_head,
     whole_rows,
 )
 
@@ -160,28 +161,31 @@ class WholeMessage:
             checksum=self._checksum.hex(),
             num_bytes=self._num_bytes,
             header=header_of(self._path),
+            content=self._checksum.hex(),
         )
 
 
 @contextmanager
-def whole_message(path: Path, like: Factors, base_model: str) -> Iterator[WholeMessage]:
-    """Yield where to write an adapter of the layout of another; the file is there at the end.
+def whole_message(
+    path: Path, like: Factors, base_model: str, *, is_synced: bool = True
+) -> Iterator[WholeMessage]:
+    """Yield where to write an adapter of the layout of another; the file is there at the end."""
+    with atomic_file(path, is_synced=is_synced) as file:
+        message = WholeMessage(file, path, whole_head(like, base_model))
+        yield message
+        message._finish()
+
+
+def write_known(path: Path, adapter: Update) -> None:
+    """Write the float32 message of an adapter whose content digest is known: nothing is hashed.
 
     It outlives a kill, not a loss of power: whoever opens it later has to check it.
     """
-    head = write_head(
-        like.shapes(),
-        rank=like.rank,
-        alpha=like.alpha,
-        dtype="float32",
-        factors="AB",
-        base_model=base_model,
-        reference="",
-    )
     with atomic_file(path, is_synced=False) as file:
-        message = WholeMessage(file, path, head)
-        yield message
-        message._finish()
+        file.write(whole_head(adapter, adapter.base_model))
+        for module, factor in tensors_of(adapter):
+            file.write(_bytes_of(whole_rows(adapter, module, factor)))
+        file.write(bytes.fromhex(adapter.sha256_of_content))
 
 
 def _pieces(
@@ -295,5 +299,6 @@ __all__ = [
     "tensors_of",
     "whole_message",
     "whole_rows",
+    "write_known",
     "write_message",
 ]
