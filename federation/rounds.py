@@ -134,8 +134,9 @@ def run_rounds(
         if resumes:
             log.write(events.RunResumed(directory.last_round + 1))
         try:
+            served: Update | None = None
             for server_round in range(directory.last_round + 1, settings.num_rounds + 1):
-                _round(run, server_round)
+                served = _round(run, server_round, served)
         except Exception as error:
             reason = str(error) if isinstance(error, FedgeError) else type(error).__name__
             log.write(events.RunFailed(reason))
@@ -145,10 +146,17 @@ def run_rounds(
     return last
 
 
-def _round(run: _Run, server_round: int) -> None:
-    """Run one round from what the round before left on disk, and commit it."""
+def _round(run: _Run, server_round: int, before: Update | None) -> Update:
+    """Run one round from what the round before left on disk, and commit it.
+
+    Args:
+        run: What stays the same.
+        server_round: The round.
+        before: What this returned for the round before, which the sites were sent then; None = look
+            on disk.
+    """
     started = run.clock()
-    outgoing = _serve(run, server_round)
+    outgoing = _serve(run, server_round, before)
     release_free_memory()
     gathered = run.exchange.gather(server_round, outgoing, run.trains(server_round))
     release_free_memory()
@@ -170,9 +178,10 @@ def _round(run: _Run, server_round: int) -> None:
             adapter=path.name,
         )
     )
+    return outgoing.served
 
 
-def _serve(run: _Run, server_round: int) -> Outgoing:
+def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
     """Put on disk what the sites of a round are sent.
 
     What they train is what they can decode: after a downlink of few bits that is not quite the
@@ -182,7 +191,7 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     directory, dtype = run.directory, run.settings.wire.downlink
     adapter = _first_adapter(run) if server_round == 1 else directory.last_adapter()
     digest, path = directory.base_model, directory.served(server_round)
-    before = _served_before(run, server_round)
+    before = before or _served_before(run, server_round)
     is_same_layout = before is not None and before.rank == adapter.rank
     if dtype == "float32" or (holds_changes(dtype) and not is_same_layout):
         with whole_message(path, adapter, digest, is_synced=False) as served:
