@@ -150,7 +150,6 @@ def moved(
     _: TrainingSettings,
     request: RoundRequest,
     *,
-    scratch: Path,
     key: bytes | None,  # noqa: ARG001 - the signature of what it stands in for
     begun: Begun,  # noqa: ARG001
 ) -> Answer:
@@ -161,7 +160,7 @@ def moved(
     for factors in adapter.modules.values():
         factors.b_OR.add_(0.001)
         factors.a_RI.add_(0.001)
-    update = _encode_reply(adapter, received, site, request, scratch)
+    update = _encode_reply(adapter, received, site, request)
     return Answer(update, len(site_records(site.data)), 0.0)
 
 

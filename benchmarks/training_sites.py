@@ -85,7 +85,7 @@ class TrainingSites:
         settings = TrainingSettings.model_validate(dict(request.training))
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                answer = answer_round(request.message, site, settings, asked, scratch=Path(scratch))
+                answer = answer_round(request.message, site, settings, asked)
                 update = self._sent(name, request, answer.update, Path(scratch) / "update")
             except FedgeError as error:
                 return Reply(

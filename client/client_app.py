@@ -94,7 +94,7 @@ def _train(message: Message, site: Site) -> Message:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "adapter"
         path.write_bytes(bytes_of(message.content[ADAPTER][ADAPTER]))
-        answer = answer_round(path, site, settings, request, scratch=Path(scratch))
+        answer = answer_round(path, site, settings, request)
     measured = {
         "num-examples": answer.num_examples,
         "train_loss": answer.train_loss,

@@ -11,25 +11,29 @@ arXiv:1901.09847). Without it a small change beside a large one never arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import add, sub
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from federation.adapter import Adapter, LowRank
-from federation.wire import Update, encode, open_update
+from federation.wire import Factors, Update, encode, whole_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
 
 
 def encode_with_feedback(
     trained: Adapter,
-    residual: Adapter | None,
+    residual: Factors | None,
     received: Update,
     *,
     dtype: str,
     factors: str,
-    scratch: Path,
 ) -> tuple[bytes, Adapter]:
     """Return the message of a round and the residual that the next one starts with.
+
+    One walk over the adapter: each tensor is rounded and read back while it is in the cache.
 
     Args:
         trained: The factors after training: the first slices of ``received``, or all.
@@ -37,46 +41,56 @@ def encode_with_feedback(
         received: The adapter that the site was sent.
         dtype: "int8" or "int4".
         factors: "AB", or the one factor to send: the other's residual stays as it is.
-        scratch: Directory for the message while it is decoded.
 
     Raises:
         WireError: A factor is not finite.
     """
-    before = residual or _zeros(trained)
-    to_send = _combine(add, trained, before, factors, other=trained)
-    message = encode(
-        to_send, dtype=dtype, base_model=received.base_model, reference=received, factors=factors
-    )
-    path = scratch / "update"
-    path.write_bytes(message)
-    sent = open_update(path, reference=received).adapter()
-    return message, _combine(sub, to_send, sent, factors, other=before)
-
-
-def _combine(
-    operation: Callable[[Any, Any], Any],
-    left: Adapter,
-    right: Adapter,
-    factors: str,
-    *,
-    other: Adapter,
-) -> Adapter:
-    """Apply an operation to the named factors of two adapters; the rest comes from ``other``."""
-    modules = {}
-    for name, one in left.modules.items():
-        two, rest = right.modules[name], other.modules[name]
-        modules[name] = LowRank(
-            operation(one.b_OR, two.b_OR) if "B" in factors else rest.b_OR,
-            operation(one.a_RI, two.a_RI) if "A" in factors else rest.a_RI,
-        )
-    return Adapter(left.rank, left.alpha, modules)
-
-
-def _zeros(adapter: Adapter) -> Adapter:
     import torch
 
-    modules = {
-        name: LowRank(torch.zeros_like(f.b_OR), torch.zeros_like(f.a_RI))
-        for name, f in adapter.modules.items()
-    }
-    return Adapter(adapter.rank, adapter.alpha, modules)
+    left: dict[str, Tensor] = {}
+
+    def keep(module: str, factor: str, rows_RC: Tensor, sent_RC: Tensor) -> None:
+        left[f"{module}.{factor}"] = torch.sub(rows_RC, sent_RC, out=sent_RC)
+
+    message = encode(
+        trained if residual is None else _Sum(trained, residual),
+        dtype=dtype,
+        base_model=received.base_model,
+        reference=received,
+        factors=factors,
+        sent=keep,
+    )
+
+    def rows_of(module: str, factor: str) -> Tensor:
+        if factor in factors:
+            return left[f"{module}.{factor}"]
+        if residual is not None:
+            return whole_rows(residual, module, factor)
+        return torch.zeros_like(whole_rows(trained, module, factor))
+
+    # B as rows, as it is written: a view here, and no copy there.
+    modules = {name: LowRank(rows_of(name, "B").mT, rows_of(name, "A")) for name in trained.modules}
+    return message, Adapter(trained.rank, trained.alpha, modules)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What was trained and what was still to be sent, a tensor at a time."""
+
+    trained: Adapter
+    residual: Factors
+
+    @property
+    def rank(self) -> int:
+        return self.trained.rank
+
+    @property
+    def alpha(self) -> float:
+        return self.trained.alpha
+
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        return self.trained.shapes()
+
+    def rows(self, module: str, factor: str, num_rows: int) -> Tensor:
+        rows_RC = self.trained.rows(module, factor, num_rows)
+        return rows_RC + whole_rows(self.residual, module, factor)[:num_rows]

@@ -23,7 +23,7 @@ from federation.adapter import Adapter, read_from_model, train_only, write_into_
 from federation.base_model import ModelError, model_digest
 from federation.header import DTYPES, FACTORS, LARGEST_WEIGHT, holds_changes
 from federation.metrics import METRICS
-from federation.wire import Update, WireError, encode, open_update, reference_of
+from federation.wire import Update, WireError, encode, is_within, open_update, reference_of
 
 Begun = Callable[[PrivacyEvent | None], None]
 """Told what the training is about to spend, before its first draw; it may raise."""
@@ -106,12 +106,11 @@ def answer_round(
     settings: TrainingSettings,
     request: RoundRequest,
     *,
-    scratch: Path,
     key: bytes | None = None,
 ) -> Answer:
     """Train the adapter of a message on the site's records: `open_received`, `answer_received`."""
     received = open_received(message, site, request)
-    return answer_received(received, site, settings, request, scratch=scratch, key=key)
+    return answer_received(received, site, settings, request, key=key)
 
 
 def answer_received(
@@ -120,7 +119,6 @@ def answer_received(
     settings: TrainingSettings,
     request: RoundRequest,
     *,
-    scratch: Path,
     key: bytes | None = None,
     begun: Begun = lambda _: None,
 ) -> Answer:
@@ -133,7 +131,6 @@ def answer_received(
         site: Whose records, model and state.
         settings: Of the training.
         request: What else the round asks.
-        scratch: Directory for files that may go when this returns.
         key: See `client.privacy.train_privately`; for tests.
         begun: Called before the training's first draw: what fails after it may tell of the draw.
 
@@ -141,7 +138,7 @@ def answer_received(
         FedgeError: Model, data or state are not what they have to be, or the training went astray.
     """
     trained, answer = train_received(received, site, settings, request, key=key, begun=begun)
-    update = _encode_reply(trained, received, site, request, scratch)
+    update = _encode_reply(trained, received, site, request)
     return replace(answer, update=update)
 
 
@@ -187,8 +184,8 @@ def _refuse_large_weights(adapter: Adapter) -> None:
         WireError: The module and the limit are named, before anything is trained.
     """
     for name, factors in adapter.modules.items():
-        largest = max(float(factors.b_OR.abs().max()), float(factors.a_RI.abs().max()))
-        if largest > LARGEST_WEIGHT:
+        if not all(is_within(f, LARGEST_WEIGHT) for f in (factors.b_OR, factors.a_RI)):
+            largest = max(float(factors.b_OR.abs().max()), float(factors.a_RI.abs().max()))
             raise WireError(
                 f"the adapter's {name} holds {largest:g}: a site trains weights of at most "
                 f"{LARGEST_WEIGHT:g}; begin again from an adapter that did not diverge"
@@ -204,7 +201,7 @@ def open_received(path: Path, site: Site, request: RoundRequest) -> Update:
     """
     reference = reference_of(path)
     held = SiteState(site.state, request.run).open_adapter(reference) if reference else None
-    received = open_update(path, reference=held)
+    received = open_update(path, reference=held, keeps=True)
     digest = _digest(site.base_model)
     if received.base_model != digest:
         raise ModelError(
@@ -214,9 +211,7 @@ def open_received(path: Path, site: Site, request: RoundRequest) -> Update:
     return received
 
 
-def _encode_reply(
-    trained: Adapter, received: Update, site: Site, request: RoundRequest, scratch: Path
-) -> bytes:
+def _encode_reply(trained: Adapter, received: Update, site: Site, request: RoundRequest) -> bytes:
     """Return the update as the round wants it; what the next round needs is on disk then."""
     state = SiteState(site.state, request.run) if request.leaves_state else None
     residual = None
@@ -229,7 +224,6 @@ def _encode_reply(
             received,
             dtype=request.uplink,
             factors=request.trains,
-            scratch=scratch,
         )
     else:
         update = encode(

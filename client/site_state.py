@@ -17,14 +17,24 @@ import json
 import re
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from federation.adapter import Adapter
 from federation.atomic import write_atomically
 from federation.errors import UserError
-from federation.wire import MissingReferenceError, Update, WireError, open_update, write_message
+from federation.wire import (
+    Factors,
+    MissingReferenceError,
+    Update,
+    WireError,
+    open_update,
+    tensors_of,
+    whole_message,
+    whole_rows,
+    write_known,
+)
 
 KEPT_S = 30 * 24 * 3600
 """Seconds for which the state of a run that asks no more is kept: it may be resumed."""
@@ -83,7 +93,7 @@ class SiteState:
         """
         path = self._adapter_path(digest)
         try:
-            held = open_update(path)
+            held = _remembered(path)
         except (OSError, WireError):
             held = None
         if held is None or held.sha256_of_content != digest:
@@ -93,7 +103,7 @@ class SiteState:
             )
         return held
 
-    def residual(self, server_round: int, received: Update, like: Adapter) -> Adapter | None:
+    def residual(self, server_round: int, received: Update, like: Factors) -> Update | None:
         """Return what is still to be sent when this round starts, or None.
 
         A residual of another rank or scale belongs to another factorisation and is not used.
@@ -111,7 +121,7 @@ class SiteState:
             return None
         path = self._directory / name
         try:
-            kept = open_update(path)
+            kept = _remembered(path)
         except (OSError, WireError) as error:
             raise SiteStateError(
                 f"{path} is damaged ({error}): remove {self._directory}; the site then goes on "
@@ -119,7 +129,7 @@ class SiteState:
             ) from None
         if (kept.rank, kept.alpha, kept.shapes()) != (like.rank, like.alpha, like.shapes()):
             return None
-        return kept.adapter()
+        return kept
 
     def take_back_unless(self, has_left: Callable[[int], bool]) -> None:
         """Forget what the last round left to be sent, if its own answer never left.
@@ -135,7 +145,7 @@ class SiteState:
             self._write(replace(last, after=last.before))
 
     def keep(
-        self, server_round: int, received: Update, *, residual: Adapter | None, is_reference: bool
+        self, server_round: int, received: Update, *, residual: Factors | None, is_reference: bool
     ) -> None:
         """Put the state after a round on disk; it is there when this returns.
 
@@ -153,16 +163,14 @@ class SiteState:
         digest = received.sha256_of_content
         path = self._adapter_path(digest)
         if is_reference and not path.is_file():
-            write_message(path, received, dtype="float32", base_model=received.base_model)
+            # If power is lost it may be damaged: its digest says so, and it is asked for again.
+            write_known(path, received)
+            if received.numbers is not None:
+                _remember(path, replace(received, origin=None))
         after = ""
         if residual is not None:
             after = f"residual-{server_round}-{digest[:16]}"
-            write_message(
-                self._directory / after,
-                residual,
-                dtype="float32",
-                base_model=received.base_model,
-            )
+            _write_residual(self._directory / after, residual, received.base_model)
         before = self._before(server_round, received)
         self._write(_Answered(server_round, digest, received.reference, before, after))
         self._remove_old()
@@ -211,6 +219,47 @@ class SiteState:
             with contextlib.suppress(FileNotFoundError):  # another run may be removing it too
                 if path != self._directory and path.stat().st_mtime < time.time() - KEPT_S:
                     shutil.rmtree(path)
+
+
+def _write_residual(path: Path, residual: Factors, base_model: str) -> None:
+    numbers = {}
+    with whole_message(path, residual, base_model) as message:
+        for module, factor in tensors_of(residual):
+            name, rows_RC = f"{module}.{factor}", whole_rows(residual, module, factor)
+            message.add(name, rows_RC)
+            numbers[name] = rows_RC
+    _remember(path, replace(message.opened(), numbers=numbers))
+
+
+_NUM_REMEMBERED = 2
+"""An adapter and a residual: what the next round of a resident trainer reads."""
+_memory: OrderedDict[Path, tuple[tuple[int, int, int], Update]] = OrderedDict()
+"""What this process wrote or read last, and which file that was: it is not read again."""
+
+
+def _remember(path: Path, update: Update) -> None:
+    _memory[path] = _stamp(path), update
+    while len(_memory) > _NUM_REMEMBERED:
+        _memory.popitem(last=False)
+
+
+def _remembered(path: Path) -> Update:
+    """Open a message with its numbers, or take it from memory if it is the same file as then.
+
+    Raises:
+        OSError: It is not there.
+        WireError: It is damaged.
+    """
+    stamp, update = _memory.get(path, (None, None))
+    if update is None or stamp != _stamp(path):
+        update = open_update(path, keeps=True)
+        _remember(path, update)
+    return update
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    seen = path.stat()
+    return seen.st_ino, seen.st_size, seen.st_mtime_ns
 
 
 def _is_state_of_a_run(path: Path) -> bool:

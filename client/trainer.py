@@ -230,7 +230,6 @@ class Trainer:
                 self.site,
                 said.settings,
                 request,
-                scratch=scratch,
                 key=self.key(request),
                 begun=begun,
             ),

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,12 +19,14 @@ def write_atomically(path: Path, content: bytes | str, *, mode: int = 0o644) -> 
 
 
 @contextmanager
-def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, mode: int = 0o644, is_synced: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary file that becomes ``path``, on disk, when the block ends without error.
 
     Args:
         path: What it becomes.
         mode: Its permissions; until then it is its owner's alone.
+        is_synced: Whether it is on disk then. If not, it outlives a kill, but perhaps not a loss of
+            power: for what a reader checks by its digest and can get again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -31,10 +34,12 @@ def atomic_file(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if is_synced:
+                os.fsync(file.fileno())
         Path(name).chmod(mode)
         Path(name).replace(path)
-        sync_directory(path.parent)
+        if is_synced:
+            sync_directory(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, name):
@@ -55,13 +60,14 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         building.chmod(0o755)
         yield building
-        for file in building.rglob("*"):
+        made = [path for path in building.rglob("*") if path.is_file() or path.is_dir()]
+        for file in made:
             if file.is_file():
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            elif file.is_dir():
-                sync_directory(file)
+        # A file system writes its journal once for all that wait: 196 small files took 0.42 s one
+        # after the other and 0.08 s so (a virtual disk, 2026-11-24).
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(_sync, made))
         sync_directory(building)
         building.replace(path)
         sync_directory(path.parent)
@@ -82,6 +88,11 @@ def refuse_existing(path: Path) -> None:
 
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on disk."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Put a file's content or a directory's names on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -54,16 +54,17 @@ def quantize(values_N: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     from torch.nn.functional import pad
 
     count, size, levels = values_N.numel(), BLOCKS[dtype], LEVELS[dtype]
-    blocks_KS = pad(values_N, (0, -count % size)).view(-1, size)
+    blocks_KS = (pad(values_N, (0, -count % size)) if count % size else values_N).view(-1, size)
     scales_K = (blocks_KS.abs().amax(1) / levels).to(torch.bfloat16)
     steps_K = scales_K.float()
     steps_K[steps_K == 0] = 1
     codes_KS = (blocks_KS / steps_K[:, None]).round_().clamp_(-levels, levels)
-    codes_N = codes_KS.flatten()[:count]
+    codes_N = codes_KS.to(torch.int8).flatten()[:count]
     if dtype == "int8":
-        return scales_K, codes_N.to(torch.int8)
-    nibbles = pad((codes_N + 8).to(torch.uint8), (0, count % 2), value=8)
-    return scales_K, nibbles[0::2] | (nibbles[1::2] << 4)
+        return scales_K, codes_N
+    # Two neighbours at once, as a 16-bit number (little-endian): half the time of every other byte.
+    pairs = pad(codes_N, (0, count % 2)).add_(8).view(torch.int16)
+    return scales_K, (pairs | pairs >> 4).to(torch.int8).view(torch.uint8)
 
 
 def dequantize_into(out_N: Tensor, scales_K: Tensor, codes: Tensor, dtype: str) -> None:
@@ -81,9 +82,9 @@ def dequantize_into(out_N: Tensor, scales_K: Tensor, codes: Tensor, dtype: str) 
     if dtype == "int8":
         out_N.copy_(codes.view(torch.int8))
     else:
-        out_N[0::2].copy_(codes & 15)
-        out_N[1::2].copy_((codes >> 4)[: count // 2])
-        out_N.sub_(8)
+        pairs = codes.to(torch.int16)
+        pairs = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)
+        out_N.copy_(pairs.view(torch.int8)[:count].sub_(8))
     whole = count - count % size
     steps_K = scales_K.float()
     out_N[:whole].view(-1, size).mul_(steps_K[: whole // size, None])

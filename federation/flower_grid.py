@@ -55,6 +55,8 @@ PUSHES = 5
 """How often messages are pushed again when the SuperLink did not take one of their objects."""
 FAULTS_S = (0.2, 0.4, 0.8, 1.6, 3.2)
 """Waits after an answer with status 500: the SuperLink's fault, but perhaps not the next time."""
+_ASKED_AT_ONCE = 256
+"""Ids of messages in one look."""
 _OBJECTS, _OBJECT_BYTES = 64, 1 << 18
 """A reply may have so many objects, and one more for so many bytes: flwr cuts at 5 MB."""
 _RECORD_BYTES = 1 << 20
@@ -131,6 +133,8 @@ class PublicPost:
                 continue
             try:
                 messages = list(self._grid.pull_messages([message_id]))
+            except httpx.HTTPStatusError as error:
+                return Taken(message_id, None, _fault(error))
             except (httpx.HTTPError, OSError):  # the SuperLink's, or this machine's
                 raise
             except Exception as error:  # whatever one site sends must not end the others' run
@@ -149,6 +153,8 @@ class _Announced:
     """Of its objects, those that a site uploads last first."""
     next_try: float = 0.0
     wait_s: float = RETRY_S[0]
+    faults: int = 0
+    """Tries that the SuperLink answered with status 500."""
 
 
 class HttpPost:
@@ -160,6 +166,8 @@ class HttpPost:
         self._announced: dict[str, _Announced] = {}
         self._done: list[str] = []
         """Replies whose objects may go: said in the next look, when nobody waits for it."""
+        self._lost: dict[str, str] = {}
+        """By id of the message: why the SuperLink cannot say whether it is answered."""
         self._room = 0
         """Bytes that the reply in hand may still have."""
         self._lock = threading.Lock()
@@ -189,20 +197,43 @@ class HttpPost:
                 message_object_trees=[get_object_tree(message) for message in messages],
             )
             for _ in range(PUSHES):
-                response = self._call(self._client.PushMessages, request)
-                missing = set(response.objects_to_push)
-                if self._upload(run_id, str(response.session_id), objects, missing):
+                try:
+                    response = self._call(self._client.PushMessages, request)
+                    missing = set(response.objects_to_push)
+                    is_taken = self._upload(run_id, str(response.session_id), objects, missing)
+                except httpx.HTTPStatusError as error:
+                    if error.response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+                        raise PushError("a request is too large (413)") from None
+                    raise
+                if is_taken:
                     return [message_id or None for message_id in response.message_ids]
                 _log.warning("the SuperLink did not take every object: pushing again")
         raise PushError(f"the SuperLink did not take the objects of the messages {PUSHES} times")
 
     def look(self, message_ids: Iterable[str]) -> None:
-        """Ask, in one request, which of these messages are answered."""
+        """Ask, in few requests, which of these messages are answered.
+
+        A reply of which the SuperLink cannot say even that costs its own site only.
+        """
         self._let_go()
-        wanted = [name for name in message_ids if name not in self._announced]
-        if not wanted:
+        known = self._announced.keys() | self._lost.keys()
+        wanted = [name for name in message_ids if name not in known]
+        for start in range(0, len(wanted), _ASKED_AT_ONCE):
+            self._ask_for(wanted[start : start + _ASKED_AT_ONCE], FAULTS_S)
+
+    def _ask_for(self, wanted: Sequence[str], waits: Sequence[float]) -> None:
+        request = PullAppMessagesRequest(message_ids=wanted)
+        try:
+            response = self._call(self._client.PullMessages, request, waits)
+        except httpx.HTTPStatusError as error:
+            reason = _fault(error)
+            if len(wanted) == 1:
+                self._lost[wanted[0]] = reason
+                return
+            middle = len(wanted) // 2
+            for half in (wanted[:middle], wanted[middle:]):
+                self._ask_for(half, ())
             return
-        response = self._call(self._client.PullMessages, PullAppMessagesRequest(message_ids=wanted))
         for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             metadata = head.metadata
             if metadata.reply_to_message_id in wanted:
@@ -217,27 +248,42 @@ class HttpPost:
         """
         for message_id in self._announced.keys() - limits.keys():
             del self._announced[message_id]
+        while self._lost:
+            message_id, reason = self._lost.popitem()
+            if message_id in limits:
+                return Taken(message_id, None, reason)
         for message_id, announced in list(self._announced.items()):
             if time.monotonic() < announced.next_try:
                 continue
-            try:
-                message = self._fetch(announced, limits[message_id])
-            except (httpx.HTTPError, OSError):
-                raise
-            except ReplyError as error:
-                taken = Taken(message_id, None, str(error))
-            except Exception as error:  # whatever one site sends must not end the others' run
-                taken = Taken(message_id, None, f"the reply is not readable ({_name(error)})")
-            else:
-                if message is None:
-                    announced.next_try = time.monotonic() + announced.wait_s
-                    announced.wait_s = min(2 * announced.wait_s, RETRY_S[1])
-                    continue
-                taken = Taken(message_id, message)
-            del self._announced[message_id]
-            self._done.append(announced.root)
-            return taken
+            taken = self._try(message_id, announced, limits[message_id])
+            if taken is not None:
+                del self._announced[message_id]
+                self._done.append(announced.root)
+                return taken
         return None
+
+    def _try(self, message_id: str, announced: _Announced, max_bytes: int) -> Taken | None:
+        """Return a reply or why there will be none; None if it is worth another try later."""
+        try:
+            message = self._fetch(announced, max_bytes)
+        except httpx.HTTPStatusError as error:
+            reason = _fault(error)
+            announced.faults += 1
+            if _is_fault(error) and announced.faults <= len(FAULTS_S):
+                announced.next_try = time.monotonic() + FAULTS_S[announced.faults - 1]
+                return None
+            return Taken(message_id, None, reason)
+        except (httpx.HTTPError, OSError):
+            raise
+        except ReplyError as error:
+            return Taken(message_id, None, str(error))
+        except Exception as error:  # whatever one site sends must not end the others' run
+            return Taken(message_id, None, f"the reply is not readable ({_name(error)})")
+        if message is None:
+            announced.next_try = time.monotonic() + announced.wait_s
+            announced.wait_s = min(2 * announced.wait_s, RETRY_S[1])
+            return None
+        return Taken(message_id, message)
 
     def _fetch(self, announced: _Announced, max_bytes: int) -> Message | None:
         """Return a reply, or None while it is not whole: nothing is waited for.
@@ -257,7 +303,7 @@ class HttpPost:
             request = PullObjectRequest(
                 node=self._grid.node, run_id=self._grid.run.run_id, object_id=object_id
             )
-            answer = self._call(self._client.PullObject, request)
+            answer = self._call(self._client.PullObject, request, ())
             if not answer.object_found:
                 gone.append(object_id)
                 raise ObjectPullError(object_id, "gone")
@@ -322,7 +368,10 @@ class HttpPost:
                 run_id=self._grid.run.run_id,
                 message_object_id=self._done.pop(),
             )
-            self._call(self._client.ConfirmMessageReceived, request)
+            try:
+                self._call(self._client.ConfirmMessageReceived, request, ())
+            except httpx.HTTPStatusError as error:  # they stay until the run is over
+                _log.warning("the SuperLink keeps the objects of a reply: %s", _fault(error))
 
     def _refuse_long(self, response: httpx.Response) -> None:
         if response.request.url.path.endswith("/pull-object"):
@@ -330,18 +379,35 @@ class HttpPost:
             if length > self._room + 1024:  # an object's id and type stand beside its content
                 raise ReplyError(TOO_LONG)
 
-    def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+    def _call(
+        self, method: Callable[[Any], Any], request: Any, waits: Sequence[float] = FAULTS_S
+    ) -> Any:
         """Make a request. flwr's client itself waits while the SuperLink is away."""
-        for wait in FAULTS_S:
+        for wait in waits:
             try:
                 return method(request)
             except httpx.HTTPStatusError as error:
-                if error.response.status_code == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
-                    raise PushError("a request is too large (413)") from None
-                if error.response.status_code != httpx.codes.INTERNAL_SERVER_ERROR:
+                if not _is_fault(error):
                     raise
             time.sleep(wait)
         return method(request)
+
+
+def _is_fault(error: httpx.HTTPStatusError) -> bool:
+    """Tell whether the same request may succeed later."""
+    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+
+
+def _fault(error: httpx.HTTPStatusError) -> str:
+    """Return the reason why a reply cannot be had.
+
+    Raises:
+        httpx.HTTPStatusError: It is nothing about one reply: the run is stopped, or its token over.
+    """
+    status = error.response.status_code
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise error
+    return f"the SuperLink answers HTTP {status} when it is asked for the reply: see its log"
 
 
 def _last_first(tree: ObjectTree) -> tuple[str, ...]:

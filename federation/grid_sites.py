@@ -74,6 +74,8 @@ class GridSites:
         """Push one message a site. All share the adapter's bytes: Flower stores them once.
 
         A site that was unregistered since it was drawn gets none, and `receive` brings its error.
+        Of a secure sum only the stage that is asked last is waited for: a masked vector that comes
+        later is not even downloaded.
 
         Raises:
             RoundError: The SuperLink does not say which of the messages it took.
@@ -96,6 +98,12 @@ class GridSites:
             for site in sites
         ]
         ids = self._push(messages, request.server_round)
+        if request.stage:
+            self._pending = {
+                key: value
+                for key, value in self._pending.items()
+                if _place(value.empty) == _place(request)
+            }
         self._sent = self._next_look = time.monotonic()
         expires = self._sent + self._ttl_s
         for message_id, site in zip(ids, sites, strict=True):
@@ -148,6 +156,10 @@ class GridSites:
         if taken.message is None:
             return replace(empty, error=taken.reason)
         return _to_reply(empty, taken.message)
+
+
+def _place(of: Request | Reply) -> tuple[int, int, str]:
+    return of.server_round, of.attempt, of.stage
 
 
 def pause_s(waited_s: float, look_s: float) -> float:

@@ -39,7 +39,16 @@ from federation.metrics import mean_of
 from federation.run_directory import RunDirectory
 from federation.secure_rounds import SecureExchange
 from federation.settings import SettingsError
-from federation.wire import Update, open_update, write_message
+from federation.wire import (
+    Update,
+    WireError,
+    is_within,
+    open_update,
+    tensors_of,
+    whole_message,
+    whole_rows,
+    write_message,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,8 +158,9 @@ def run_rounds(
         if resumes:
             log.write(events.RunResumed(directory.last_round + 1))
         try:
+            served: Update | None = None
             for server_round in range(directory.last_round + 1, settings.num_rounds + 1):
-                _round(run, server_round)
+                served = _round(run, server_round, served)
             stop_if_lost(lost, directory)
         except Exception as error:
             reason = str(error) if isinstance(error, FedgeError) else type(error).__name__
@@ -161,11 +171,18 @@ def run_rounds(
     return last
 
 
-def _round(run: _Run, server_round: int) -> None:
-    """Run one round from what the round before left on disk, and commit it."""
+def _round(run: _Run, server_round: int, before: Update | None) -> Update:
+    """Run one round from what the round before left on disk, and commit it.
+
+    Args:
+        run: What stays the same.
+        server_round: The round.
+        before: What this returned for the round before, which the sites were sent then; None = look
+            on disk.
+    """
     stop_if_lost(run.lost, run.directory)
     started = run.clock()
-    outgoing = _serve(run, server_round)
+    outgoing = _serve(run, server_round, before)
     release_free_memory()
     gathered = run.exchange.gather(server_round, outgoing, run.trains(server_round))
     release_free_memory()
@@ -191,9 +208,10 @@ def _round(run: _Run, server_round: int) -> None:
             adapter=path.name,
         )
     )
+    return outgoing.served
 
 
-def _serve(run: _Run, server_round: int) -> Outgoing:
+def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
     """Put on disk what the sites of a round are sent.
 
     What they train is what they can decode: after a downlink of few bits that is not quite the
@@ -203,46 +221,48 @@ def _serve(run: _Run, server_round: int) -> Outgoing:
     directory, dtype = run.directory, run.settings.wire.downlink
     adapter = _first_adapter(run) if server_round == 1 else directory.last_adapter()
     digest, path = directory.base_model, directory.served(server_round)
-    before_path = directory.served(server_round - 1)
-    before = open_update(before_path) if before_path.is_file() else None
+    before = before or _served_before(run, server_round)
     is_same_layout = before is not None and before.rank == adapter.rank
     if dtype == "float32" or (holds_changes(dtype) and not is_same_layout):
-        write_message(path, adapter, dtype="float32", base_model=digest)
-        return Outgoing(open_update(path), path, before)
+        with whole_message(path, adapter, digest, is_synced=False) as served:
+            for module, factor in tensors_of(adapter):
+                served.add(f"{module}.{factor}", whole_rows(adapter, module, factor))
+        return Outgoing(served.opened(), path, before)
     reference = before if holds_changes(dtype) else None
-    message = path.with_suffix(f".{dtype}")
-    write_message(message, adapter, dtype=dtype, base_model=digest, reference=reference)
-    decoded = open_update(message, reference=reference)
-    write_message(path, decoded, dtype="float32", base_model=digest)
-    served = open_update(path)
-    unsent = path.with_suffix(".unsent")
-    write_message(unsent, _Unsent(adapter, served), dtype="float32", base_model=digest)
+    message, unsent_path = path.with_suffix(f".{dtype}"), path.with_suffix(".unsent")
+    with (
+        whole_message(path, adapter, digest, is_synced=False) as served,
+        whole_message(unsent_path, adapter, digest, is_synced=False) as unsent,
+    ):
+
+        def keep(module: str, factor: str, rows_RC: Tensor, sent_RC: Tensor) -> None:
+            served.add(f"{module}.{factor}", sent_RC)
+            unsent.add(f"{module}.{factor}", rows_RC - sent_RC)
+
+        write_message(
+            message,
+            adapter,
+            dtype=dtype,
+            base_model=digest,
+            reference=reference,
+            sent=keep,
+            is_synced=False,
+        )
     return Outgoing(
-        served, message, before, is_change=reference is not None, unsent=open_update(unsent)
+        served.opened(), message, before, is_change=reference is not None, unsent=unsent.opened()
     )
 
 
-@dataclass(frozen=True)
-class _Unsent:
-    """An adapter less what was sent of it, a tensor at a time."""
+def _served_before(run: _Run, server_round: int) -> Update | None:
+    """Return what the sites of the round before were sent; None if it is not there, or damaged.
 
-    adapter: Adapter
-    served: Update
-
-    @property
-    def rank(self) -> int:
-        return self.adapter.rank
-
-    @property
-    def alpha(self) -> float:
-        return self.adapter.alpha
-
-    def shapes(self) -> Mapping[str, tuple[int, int]]:
-        return self.adapter.shapes()
-
-    def rows(self, module: str, factor: str, num_rows: int) -> Tensor:
-        rows_RC = self.adapter.rows(module, factor, num_rows)
-        return rows_RC - self.served.rows(module, factor, num_rows)
+    It is not worth a wait for the disk: without it the sites are sent the whole adapter.
+    """
+    path = run.directory.served(server_round - 1)
+    try:
+        return open_update(path) if path.is_file() else None
+    except WireError:
+        return None
 
 
 def _first_adapter(run: _Run) -> Adapter:
@@ -366,8 +386,7 @@ def _check_sendable(server_round: int, module: str, factors: LowRank, gathered: 
     Raises:
         RoundError: A number is not finite or too large; names the sites that sent the largest.
     """
-    # The comparison is False for NaN.
-    if all(float(factor.abs().max()) <= LARGEST_WEIGHT for factor in (factors.b_OR, factors.a_RI)):
+    if is_within(factors.b_OR, LARGEST_WEIGHT) and is_within(factors.a_RI, LARGEST_WEIGHT):
         return
     labels = ["of all sites"] if gathered.secure_sum else map(_label, gathered.replies)
     updates = zip(labels, gathered.updates, strict=True)

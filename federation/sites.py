@@ -84,7 +84,10 @@ class Sites(Protocol):
         ...
 
     def send(self, sites: Sequence[str], request: Request) -> None:
-        """Send the same request to every site."""
+        """Send the same request to every site.
+
+        A request of a secure sum ends the wait for replies to other stages and attempts.
+        """
         ...
 
     def receive(self) -> Reply | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -97,22 +97,41 @@ def content_digest(adapter: Factors, base_model: str) -> str:
 
     It names an adapter on both sides of the wire, whatever the message was that brought it.
     """
-    shapes = adapter.shapes()
-    digest = hashlib.sha256(
-        write_head(
-            shapes,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            dtype="float32",
-            factors="AB",
-            base_model=base_model,
-            reference="",
-        )
-    )
-    for module in sorted(shapes):
-        for factor in FACTORS["AB"]:
-            digest.update(adapter.rows(module, factor, adapter.rank).flatten().numpy().data)
+    digest = hashlib.sha256(whole_head(adapter, base_model))
+    for module, factor in tensors_of(adapter):
+        digest.update(whole_rows(adapter, module, factor).flatten().numpy().data)
     return digest.hexdigest()
+
+
+def whole_head(adapter: Factors, base_model: str) -> bytes:
+    """Return the head of the adapter's float32 message."""
+    return write_head(
+        adapter.shapes(),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dtype="float32",
+        factors="AB",
+        base_model=base_model,
+        reference="",
+    )
+
+
+def tensors_of(adapter: Factors, factors: str = "AB") -> Iterator[tuple[str, str]]:
+    """Yield module and factor of every tensor, in the order of a message."""
+    return ((module, factor) for module in sorted(adapter.shapes()) for factor in FACTORS[factors])
+
+
+def whole_rows(adapter: Factors, module: str, factor: str) -> Tensor:
+    """Return all slices of one factor [R, C] to be read only: perhaps the adapter's own memory."""
+    if isinstance(adapter, Update) and adapter.numbers is not None and factor in adapter.factors:
+        return adapter.numbers[f"{module}.{factor}"]
+    return adapter.rows(module, factor, adapter.rank)
+
+
+def is_within(values: Tensor, largest: float) -> bool:
+    """Tell whether all numbers are finite and none is larger, either way, in one pass."""
+    low, high = values.aminmax()  # both are NaN if one number is
+    return float(low) >= -largest and float(high) <= largest
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,10 @@ class Update:
     header: Header
     origin: Update | None = None
     """The reference itself, where ``reference`` names one."""
+    numbers: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    """Its tensors by name, absolute, where they are kept in memory; nobody changes them."""
+    content: str = ""
+    """Content digest, where it is known."""
 
     @property
     def rank(self) -> int:
@@ -167,10 +190,8 @@ class Update:
 
     @cached_property
     def sha256_of_content(self) -> str:
-        """Content digest of the adapter; costs a walk over it unless it is a float32 message."""
-        if self.dtype == "float32" and self.factors == "AB":
-            return self.checksum
-        return content_digest(self, self.base_model)
+        """Content digest of the adapter; costs a walk over it if nobody knows it."""
+        return self.content or content_digest(self, self.base_model)
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return (out features, in features) by module."""
@@ -226,6 +247,9 @@ class Update:
         if factor not in self.factors:
             self._held._read_factor(module, factor, rows_RC)
             return
+        if self.numbers is not None:
+            rows_RC.copy_(self.numbers[f"{module}.{factor}"][: len(rows_RC)])
+            return
         with self.path.open("rb") as file:
             _fill(file, self.header.places[f"{module}.{factor}"], self.dtype, rows_RC)
         if holds_changes(self.dtype):
@@ -258,6 +282,7 @@ def open_update(
     *,
     reference: Update | None = None,
     refuse: Callable[[Update], None] = lambda _: None,
+    keeps: bool = False,
 ) -> Update:
     """Check a message on disk from its first to its last byte and return its table of contents.
 
@@ -267,6 +292,7 @@ def open_update(
         refuse: Raises WireError for an update that is not wanted. It hears what the header says,
             before a value is read: one tensor as large as the message takes several times that
             in memory.
+        keeps: The numbers stay in memory, as float32: for who reads them all several times.
 
     Raises:
         MissingReferenceError: It stands on another adapter than ``reference``; both are named.
@@ -296,17 +322,26 @@ def open_update(
         num_bytes=size,
         header=header,
         origin=_resolve(header, reference),
+        content=seen.hex() if (header.dtype, header.factors) == ("float32", "AB") else "",
     )
     refuse(update)
-    for module in update.modules:
-        for factor in FACTORS[update.factors]:
-            # The comparison is False for NaN.
-            if not float(update.rows(module, factor, update.rank).abs().max()) <= LARGEST:
-                raise WireError(
-                    f"the update's {module}.{factor} holds NaN, infinity or a number beyond "
-                    f"{LARGEST:g}"
-                )
-    return update
+    numbers: dict[str, Tensor] = {}
+    content = hashlib.sha256(whole_head(update, update.base_model))
+    for module, factor in tensors_of(update, update.factors):
+        rows_RC = update.rows(module, factor, update.rank)
+        if not is_within(rows_RC, LARGEST):
+            raise WireError(
+                f"the update's {module}.{factor} holds NaN, infinity or a number beyond {LARGEST:g}"
+            )
+        if keeps:
+            numbers[f"{module}.{factor}"] = rows_RC
+            if not update.content:
+                content.update(rows_RC.numpy().data)
+    if not keeps:
+        return update
+    is_whole = update.factors == "AB"
+    known = update.content or (content.hexdigest() if is_whole else "")
+    return replace(update, numbers=numbers, content=known)
 
 
 def _resolve(header: Header, reference: Update | None) -> Update | None:

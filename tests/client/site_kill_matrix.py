@@ -65,7 +65,6 @@ def answer(messages: Path, device: Path, server_round: int, kind: str = "") -> b
         received,
         dtype="int4",
         factors=TRAINS[server_round],
-        scratch=messages,
     )
     state.keep(server_round, received, residual=residual, is_reference=True)
     return message

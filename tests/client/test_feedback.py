@@ -61,7 +61,7 @@ def test_what_was_sent_is_what_was_to_be_sent_but_for_one_residual(
             },
         )
         message, residual = encode_with_feedback(
-            trained, residual, received, dtype=dtype, factors="AB", scratch=tmp_path
+            trained, residual, received, dtype=dtype, factors="AB"
         )
         (tmp_path / "message").write_bytes(message)
         arrived = open_update(tmp_path / "message", reference=received).adapter()
@@ -85,7 +85,7 @@ def test_a_small_change_beside_a_large_one_arrives_with_feedback_alone(
         for _ in range(rounds):
             if kind == "with":
                 message, residual = encode_with_feedback(
-                    trained, residual, received, dtype=dtype, factors="AB", scratch=tmp_path
+                    trained, residual, received, dtype=dtype, factors="AB"
                 )
             else:
                 message = encode(trained, dtype=dtype, base_model="m", reference=received)
@@ -105,12 +105,8 @@ def test_the_factor_that_rests_keeps_its_residual(tmp_path: Path, factors: str) 
     received = start(tmp_path)
     origin = received.adapter()
     trained = plus(origin, 0.01, 0.01, spike=1.0)
-    _, both = encode_with_feedback(
-        trained, None, received, dtype="int8", factors="AB", scratch=tmp_path
-    )
-    _, after = encode_with_feedback(
-        trained, both, received, dtype="int8", factors=factors, scratch=tmp_path
-    )
+    _, both = encode_with_feedback(trained, None, received, dtype="int8", factors="AB")
+    _, after = encode_with_feedback(trained, both, received, dtype="int8", factors=factors)
     for name, f in after.modules.items():
         before = both.modules[name]
         assert torch.equal(f.a_RI, before.a_RI) == (factors == "B")
@@ -120,9 +116,7 @@ def test_the_factor_that_rests_keeps_its_residual(tmp_path: Path, factors: str) 
 def test_a_site_of_smaller_rank_has_a_residual_of_its_own_shape(tmp_path: Path) -> None:
     received = start(tmp_path)
     trained = plus(received.adapter().first_slices(2), 0.01, 0.02, spike=0.5)
-    message, residual = encode_with_feedback(
-        trained, None, received, dtype="int4", factors="AB", scratch=tmp_path
-    )
+    message, residual = encode_with_feedback(trained, None, received, dtype="int4", factors="AB")
     assert (residual.rank, residual.shapes()) == (2, trained.shapes())
     (tmp_path / "message").write_bytes(message)
     arrived = open_update(tmp_path / "message", reference=received).adapter()

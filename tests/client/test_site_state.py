@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from client import site_state
 from client.site_state import SiteState, SiteStateError
 from federation.adapter import Adapter, LowRank
 from federation.wire import (
+    Factors,
     MissingReferenceError,
     Update,
     WireError,
     open_update,
+    tensors_of,
     write_message,
 )
 
@@ -36,8 +39,8 @@ def sent(directory: Path, seed: int, reference: Update | None = None) -> Update:
     return open_update(path, reference=reference)
 
 
-def value(residual: Adapter | None) -> float | None:
-    return residual and float(residual.modules["layers.0.q_proj"].b_OR[0, 0])
+def value(residual: Factors | None) -> float | None:
+    return residual and float(residual.rows("layers.0.q_proj", "B", 1)[0, 0])
 
 
 def test_a_round_asked_again_starts_from_the_residual_it_started_from(tmp_path: Path) -> None:
@@ -170,3 +173,28 @@ def test_a_site_killed_at_any_change_to_its_disk_answers_with_the_same_bytes(
     report = json.loads(result.stdout)
     assert report["kills"] > 40
     assert len(report["files"]) == 5
+
+
+def test_what_a_process_remembers_is_what_the_next_one_reads(tmp_path: Path) -> None:
+    one = open_update(sent(tmp_path, 1).path, keeps=True)
+    root, like = tmp_path / "state", adapter(0)
+    SiteState(root, "a").keep(1, one, residual=adapter(11), is_reference=True)
+    held = [SiteState(root, "a").open_adapter(one.sha256_of_content)]
+    rest = [SiteState(root, "a").residual(2, one, like)]
+    site_state._memory.clear()
+    held.append(SiteState(root, "a").open_adapter(one.sha256_of_content))
+    rest.append(SiteState(root, "a").residual(2, one, like))
+    for remembered, read in (held, rest):
+        for module, factor in tensors_of(read):
+            assert torch.equal(remembered.rows(module, factor, 2), read.rows(module, factor, 2))
+    assert len(site_state._memory) == 2, "an adapter and a residual, however many rounds"
+
+
+def test_a_file_that_changed_is_not_remembered(tmp_path: Path) -> None:
+    one = open_update(sent(tmp_path, 1).path, keeps=True)
+    root = tmp_path / "state"
+    SiteState(root, "a").keep(1, one, residual=None, is_reference=True)
+    path = root / "run-a" / f"adapter-{one.sha256_of_content}"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(MissingReferenceError):
+        SiteState(root, "a").open_adapter(one.sha256_of_content)

@@ -123,7 +123,6 @@ def test_the_answer_is_what_the_round_gives_and_a_second_ask_is_read_from_disk(
         Site(tiny_model, bench.site.data, "", bench.directory / "other", None),
         TrainingSettings(**TRAINING),  # type: ignore[arg-type]
         RoundRequest(1, run=RUN),
-        scratch=bench.directory,
     )
     assert update_of(first) == oracle.update
     assert first.head["metrics"]["num-examples"] == 12

@@ -24,6 +24,9 @@ from federation.wire import (
     open_update,
     payload_bytes,
     reference_of,
+    tensors_of,
+    whole_message,
+    write_known,
     write_message,
 )
 from tests.federation.test_wire import adapter, store
@@ -347,3 +350,48 @@ def test_rows_are_read_into_a_slab_and_nowhere_else(tmp_path: Path, dtype: str) 
     for slab in (b_SO, a_SI):
         assert (slab[:2] == 7).all()
         assert (slab[6:] == 7).all()
+
+
+@pytest.mark.parametrize("factors", ["AB", "A", "B"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_who_sends_hears_what_the_reader_will_have_bit_for_bit(
+    tmp_path: Path, dtype: str, factors: str
+) -> None:
+    held = stored(tmp_path, adapter())
+    trained, heard = moved(held.adapter()), {}
+    message = encode(
+        trained,
+        dtype=dtype,
+        base_model="m",
+        reference=held,
+        factors=factors,
+        sent=lambda module, factor, _, sent_RC: heard.update({(module, factor): sent_RC.clone()}),
+    )
+    (tmp_path / "message").write_bytes(message)
+    read = open_update(tmp_path / "message", reference=held)
+    assert heard.keys() == {(module, factor) for module in read.modules for factor in factors}
+    assert all(torch.equal(sent, read.rows(*name, read.rank)) for name, sent in heard.items())
+    assert equal(trained, moved(held.adapter())), "what was trained stays as it was"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_numbers_kept_in_memory_are_those_on_disk(tmp_path: Path, dtype: str) -> None:
+    held = stored(tmp_path, adapter())
+    write_message(tmp_path / "sent", moved(adapter()), dtype=dtype, base_model="m", reference=held)
+    read = open_update(tmp_path / "sent", reference=held)
+    kept = open_update(tmp_path / "sent", reference=held, keeps=True)
+    assert kept.sha256_of_content == read.sha256_of_content == content_digest(read, "m")
+    copy = kept.adapter()
+    assert equal(copy, read.adapter())
+    for factors in copy.modules.values():
+        factors.a_RI.zero_()
+        factors.b_OR.zero_()
+    assert equal(kept.adapter(), read.adapter()), "a copy is whoever's has it"
+    write_known(tmp_path / "known", kept)
+    write_message(tmp_path / "whole", read, dtype="float32", base_model="m")
+    assert (tmp_path / "known").read_bytes() == (tmp_path / "whole").read_bytes()
+    with whole_message(tmp_path / "by tensor", read, "m") as message:
+        for module, factor in tensors_of(read):
+            message.add(f"{module}.{factor}", read.rows(module, factor, read.rank))
+    assert message.opened() == open_update(tmp_path / "by tensor")
+    assert (tmp_path / "by tensor").read_bytes() == (tmp_path / "whole").read_bytes()

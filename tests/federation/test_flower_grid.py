@@ -1,10 +1,12 @@
 """The private names of flwr that a run's server uses, and its post against a real SuperLink."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import flwr
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -12,7 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from client.superlink import FleetError
 from federation import flower_grid
 from federation.flower_grid import TOO_LONG, HttpPost, PublicPost, PushError, open_post
-from federation.grid_sites import SMALL_BYTES, bytes_of, record_of
+from federation.grid_sites import SMALL_BYTES, GridSites, bytes_of, record_of
+from federation.sites import Request
 from tests.private_names import TESTED, fields, parameters, unlisted
 from tests.simulated import LocalGrid
 
@@ -326,6 +329,73 @@ def test_a_push_that_the_superlink_forgot_is_done_again_and_the_site_that_waits_
         assert asked.message_id == message_id, "and is handed out again, under the same id"
         assert answer(node, asked, b"update")
         assert taken(post, str(message_id)).message is not None
+
+
+def refused(status: int) -> Any:
+    """Raise what flwr's client raises where the SuperLink answers with this status."""
+    asked = httpx.Request("POST", "https://superlink")
+    raise httpx.HTTPStatusError("", request=asked, response=httpx.Response(status, request=asked))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["PullObject", "PullMessages"])
+@pytest.mark.parametrize("status", [500, 413])
+def test_a_reply_that_the_superlink_cannot_hand_out_costs_its_own_site_alone(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch, method: str, status: int
+) -> None:
+    monkeypatch.setattr(flower_grid, "FAULTS_S", (0.01, 0.01))
+    with node_of(superlink) as node:
+        sent = [message_to(superlink.node_id, bytes([index])) for index in range(3)]
+        ids = [str(message_id) for message_id in post.push(sent)]
+        for index in range(3):
+            assert answer(node, node.receive(), bytes([index]) * 9)
+        spoiled = {ids[1]}
+        if method == "PullObject":
+            post.look(ids)
+            tree = {name: set(post._announced[name].object_ids) for name in ids}
+            spoiled = tree[ids[1]] - tree[ids[0]] - tree[ids[2]]
+        whole = getattr(post._client, method)
+
+        def call(request: Any) -> Any:
+            named = {*getattr(request, "message_ids", []), getattr(request, "object_id", "")}
+            return refused(status) if spoiled & named else whole(request)
+
+        monkeypatch.setattr(post._client, method, call)
+        replies = {}
+        while left := [name for name in ids if name not in replies]:
+            reply = taken(post, *left)
+            replies[reply.message_id] = reply
+    assert [replies[name].message is None for name in ids] == [False, True, False]
+    assert f"HTTP {status}" in replies[ids[1]].reason
+
+
+@pytest.mark.slow
+def test_a_superlink_that_knows_the_run_no_more_ends_it(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with node_of(superlink) as node:
+        (message_id,) = post.push([message_to(superlink.node_id, b"adapter")])
+        assert answer(node, node.receive(), b"update")
+        monkeypatch.setattr(post._client, "PullMessages", lambda _: refused(403))
+        with pytest.raises(httpx.HTTPStatusError):
+            post.look([str(message_id)])
+
+
+def test_what_comes_late_in_a_secure_sum_is_not_even_downloaded(tmp_path: Path) -> None:
+    grid = LocalGrid([{}, {}], {})
+    grid.answer = lambda message, _: Message(RecordDict(), reply_to=message)
+    pulled: list[str] = []
+    grid.spoil = lambda message: pulled.append(message.metadata.reply_to_message_id) or [message]  # type: ignore[func-returns-value, attr-defined]
+    sites = GridSites(grid, 600.0)  # type: ignore[arg-type]
+    (tmp_path / "message").write_bytes(b"a")
+    asked = Request(1, tmp_path / "message", {}, secure_sum={"cohort": 2}, stage="mask", attempt=1)
+    sites.send(["100", "101"], asked)
+    assert (sites.receive() or asked).attempt == 1
+    sites.send(["100"], replace(asked, attempt=2))
+    sites.send(["101"], replace(asked, attempt=2))
+    attempts = [reply.attempt for _ in range(9) if (reply := sites.receive()) is not None]
+    assert attempts == [2, 2], "both of the attempt that goes on, none of the one before"
+    assert len(pulled) == 3
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from federation.adapter import read_adapter
 from federation.errors import UserError
-from federation.events import RunResumed, read_events
+from federation.events import RoundStarted, RunResumed, read_events
 from federation.exchange import RoundError
 from federation.rounds import run_rounds
 from federation.run_directory import ResumeError, RunDirectory
@@ -118,6 +118,28 @@ def test_a_failed_run_goes_on_under_the_settings_that_it_began_with(
     assert [e.server_round for e in events if isinstance(e, RunResumed)] == [2]
     assert len({request.run for _, request in sites.requests}) == 1, "sites keep state by this id"
     assert summarise(tmp_path / "run" / "events.jsonl")["state"] == "finished"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_resumed_run_that_lost_what_it_sent_last_sends_the_whole_adapter(
+    settings: FederationSettings, tmp_path: Path, damage: str
+) -> None:
+    """As a loss of power may leave it: what was sent is not waited for until it is on disk."""
+    narrow = settings.model_copy(
+        update={"wire": settings.wire.model_copy(update={"downlink": "int8"})}
+    )
+    sites = failed_in_round_two(narrow, tmp_path / "s")
+    served = tmp_path / "run" / "served" / "round-0001.update"
+    if damage == "cut":
+        served.write_bytes(served.read_bytes()[:-100])
+    else:
+        served.unlink()
+    sites.faults.clear()
+    assert run_rounds(sites, resume(tmp_path / "run")) == tmp_path / "run" / "round-0003"
+    events = [event for _, event in read_events(tmp_path / "run" / "events.jsonl")]
+    sizes = [event.num_bytes for event in events if isinstance(event, RoundStarted)]
+    assert sizes[-2] == sizes[0], "whole again"
+    assert sizes[-1] < 0.5 * sizes[0], "and a change again"
 
 
 def test_a_run_killed_between_a_commit_and_its_event_loses_no_round(
