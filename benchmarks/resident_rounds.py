@@ -13,7 +13,8 @@ stock SuperNodes, as they are shipped, in the same run.
 With --payload the adapter has rank 16 on every projection of a model of that geometry, and the
 sites move its numbers instead of training (`resident_sites`). NVFlare's simulator does the same,
 without TLS and without a proxy, each side in the number format that is its fastest here: `--uplink`
-and `--downlink` of ours, `--peer nvflare` (float32) or `nvflare-float16` of theirs.
+and `--downlink` of ours, `--peer nvflare` (float32) or `nvflare-float16` of theirs. Both average
+factor by factor; `--aggregation products` is the exact mean, which NVFlare has not.
 
 One JSON line: mean, median, least and most seconds of a round, the first one not counted.
 """
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--payload", choices=GEOMETRIES, help="none = next to nothing")
     parser.add_argument("--uplink", default="bfloat16")
     parser.add_argument("--downlink", default="bfloat16")
+    parser.add_argument("--aggregation", default="factors", help="factors = NVFlare's FedAvg")
     parser.add_argument("--peer", choices=PEERS, action="append", default=[])
     parser.add_argument("--no-stock", action="store_true", help="of the empty round")
     asked = parser.parse_args()
@@ -99,7 +101,7 @@ def measure_payload(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
     geometry = GEOMETRIES[asked.payload]
     write_base_model(scratch / "base", geometry)
     words = f'wire.uplink="{asked.uplink}" wire.downlink="{asked.downlink}" '
-    words += f"adapter.rank={RANK} adapter.alpha={ALPHA}"
+    words += f'adapter.rank={RANK} adapter.alpha={ALPHA} aggregation="{asked.aggregation}"'
     ours, num_bytes, parts = run_ours(scratch, scratch / "base", words, asked, moves=True)
     shutil.rmtree(scratch / "ours")  # the SuperLink's state is as large as what it carried
     figures = {
@@ -107,6 +109,7 @@ def measure_payload(scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
         "update_bytes": num_bytes,
         "uplink": asked.uplink,
         "downlink": asked.downlink,
+        "aggregation": asked.aggregation,
         **spread("round", ours),
         "parts_s": parts,
     }
