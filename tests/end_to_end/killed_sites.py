@@ -138,31 +138,31 @@ def end(process: psutil.Process) -> bool:
 class Hunt:
     """Kills of one site's shims, each at a moment drawn inside a shim's life.
 
-    A shim lives for the moment that one message takes. The site's first one is left alone: how long
-    it lived is what the moments of the next ones are drawn from, until one lived less.
+    A shim lives for the moment that one message takes. The first ones are left alone: how long they
+    lived is what the moments of the next ones are drawn from, until one lives less.
     """
 
     site: Killed
     draw: random.Random
+    lives_s: list[float]
+    """Whole lives that were seen, at all sites of the run."""
     shim: psutil.Process | None = None
     """Lives, or lived when it was last looked at."""
     born: float = 0.0
     moment: float = float("inf")
     """When it is to die, in the time of `time.monotonic`."""
-    life_s: float = float("inf")
-    """Shortest whole life that was seen."""
 
     def look(self, is_due: bool, server_round: int) -> None:
         """Kill the shim if its moment is there; ``is_due`` says whether a new one is to die."""
         now = time.monotonic()
         if self.shim is not None and not is_alive(self.shim):
-            self.life_s = min(self.life_s, now - self.born)
+            self.lives_s.append(now - self.born)
             self.shim = None
         if self.shim is None:
             self.shim = next(iter(self.site.processes("shim")), None)
             self.born = now
-            is_due = is_due and self.life_s < float("inf")
-            self.moment = now + self.draw.uniform(0, self.life_s) if is_due else float("inf")
+            is_due = is_due and bool(self.lives_s)
+            self.moment = now + self.draw.uniform(0, min(self.lives_s)) if is_due else float("inf")
         elif now >= self.moment:
             if end(self.shim):
                 self.site.kills.append(("shim", server_round))
