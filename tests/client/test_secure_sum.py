@@ -188,6 +188,17 @@ def test_a_sum_below_the_cohort_of_the_policy_is_not_opened(tmp_path: Path) -> N
         cohort.run_stage()
 
 
+def test_a_vector_for_a_cohort_below_the_policy_is_not_even_masked(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    site.member = dataclasses.replace(site.member, min_cohort=4)
+    cohort.until(Stage.SHARE)
+    cohort.run_stage({"s3": Stage.SHARE})
+    cohort.server.close()
+    with pytest.raises(SecureSumError, match="3 members that shared: expected at least 4"):
+        site.masked(cohort.server.request())
+    assert not (site.directory / "run-beef" / "masked").exists()
+
+
 def test_a_run_is_not_the_name_of_a_file(tmp_path: Path) -> None:
     cohort, site = cohort_on_disk(tmp_path)
     for run in ("", "../up", "BEEF", "a" * 65):

@@ -277,14 +277,15 @@ def test_without_enough_genuine_shares_the_attempt_ends_and_names_whose_they_are
         _ = cohort.server.result
 
 
-def test_a_sum_with_an_impossible_number_of_examples_is_refused() -> None:
+@pytest.mark.parametrize(("added", "total"), [(100, 104), (-1, 3), (-104, -100)])
+def test_a_sum_with_an_impossible_number_of_examples_is_refused(added: int, total: int) -> None:
     cohort = Cohort(4, 3)
 
     def add_to_last(raw: bytes) -> bytes:
-        last = (int.from_bytes(raw[-2:], "little") + 100) % 2**16
+        last = (int.from_bytes(raw[-2:], "little") + added) % 2**16
         return raw[:-2] + last.to_bytes(2, "little")
 
-    with pytest.raises(SecureSumError, match="add up to 104, expected 4 to 4"):
+    with pytest.raises(SecureSumError, match=f"add up to {total}, expected 4 to 4"):
         cohort.sum(spoil={("s0", Stage.MASK): add_to_last})
 
 
