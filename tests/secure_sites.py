@@ -6,7 +6,6 @@ sites.restarts = {Stage.AGREE}              every trainer is started anew before
 sites.before[Stage.REVEAL] = action         something happens before that stage is asked
 """
 
-import gc
 import json
 import tempfile
 from collections import Counter
@@ -103,8 +102,6 @@ class SecureSites:
         num_records: Sequence[int] = (),
         **limits: Any,
     ) -> None:
-        # Each training ends with a whole garbage collection: what is alive now is passed over.
-        gc.freeze()
         counts = [*num_records, *[NUM_RECORDS] * (len(names) - len(num_records))]
         self.institutions = {
             name: Institution(base_model, directory / name, index, counts[index])
@@ -128,7 +125,6 @@ class SecureSites:
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
         for each in self.institutions.values():
             each.stop()
 
