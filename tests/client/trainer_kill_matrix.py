@@ -25,7 +25,7 @@ import torch
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
-from client.round import site_records
+from client.round import settle, site_records
 from client.site import Site
 from client.trainer import Trainer
 from federation.accountant import PrivacyEvent
@@ -136,6 +136,7 @@ def main(work: Path, every: int) -> None:
     for server_round in range(1, ROUNDS + 1):
         shutil.copytree(state, work / f"before-{server_round}")
         expected[server_round] = answer(work, state, server_round)
+        settle()
     assert len({hashlib.sha256(update).digest() for update in expected.values()}) == ROUNDS
     # The second round: it begins with a residual and a change, and leaves both.
     codes: list[int] = []
