@@ -1,7 +1,9 @@
 """What the rooms' tests share: a tiny real model with a real tokenizer, and some records."""
 
+import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Small tensors are faster on one thread, and sums are then the same on every machine."""
-    import sys
-
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_of_a_file() -> None:
+    """See `pass_over_libraries`."""
+    pass_over_libraries()
+
+
+@pytest.fixture(autouse=True)
+def libraries_of_a_test() -> None:
+    """See `pass_over_libraries`; a site that loads another base undoes it."""
+    if not gc.get_freeze_count():
+        pass_over_libraries()
+
+
+def pass_over_libraries() -> None:
+    """Take what is alive out of the garbage collector's sight, as `client.round.settle` does.
+
+    transformers' Trainer begins with a whole collection, and looking through all that the libraries
+    brought takes as long as the training of a tiny model.
+    """
+    if "transformers" in sys.modules:
+        gc.collect()
+        gc.freeze()

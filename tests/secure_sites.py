@@ -6,7 +6,6 @@ sites.restarts = {Stage.AGREE}              every trainer is started anew before
 sites.before[Stage.REVEAL] = action         something happens before that stage is asked
 """
 
-import gc
 import json
 import tempfile
 from collections import Counter
@@ -33,29 +32,19 @@ from federation.secure_messages import Stage
 from federation.sites import Reply, Request
 from tests.client.policy_example import changed
 from tests.conftest import write_records
+from tests.policies import policy_tree
 
 NUM_RECORDS = 12
 STAGES = list(Stage)
-LIMITS: dict[str, Any] = {
-    "models": {"base": ["any"]},
-    "runs": {"allowed": ["any"], "bundles": ["any"]},
-    "adapter": {"modules": ["*"], "max_rank": 8, "max_alpha": 64.0},
-    "training": {
-        "max_steps": 8,
-        "max_batch": 64,
-        "max_tokens": 512,
-        "max_learning_rate": 0.01,
-        "max_rounds": 9,
-    },
-    "traffic": {
-        "uplink": ["float32"],
-        "max_round_bytes": 1_000_000,
-        "max_run_bytes": 10_000_000,
-    },
-    "aggregation": {"kinds": ["alternating", "factors"], "min_cohort": 3},
-    "privacy": {"required": False},
-    "metrics": {"allowed": ["seconds", "train_loss"], "digits": 15},
-}
+LIMITS = policy_tree(
+    training__max_batch=64,
+    training__max_tokens=512,
+    traffic__uplink=["float32"],
+    aggregation__kinds=["alternating", "factors"],
+    privacy__required=False,
+    metrics__allowed=["seconds", "train_loss"],
+    metrics__digits=15,
+)
 """A policy under which only secure sums are answered."""
 
 
@@ -113,8 +102,6 @@ class SecureSites:
         num_records: Sequence[int] = (),
         **limits: Any,
     ) -> None:
-        # Each training ends with a whole garbage collection: what is alive now is passed over.
-        gc.freeze()
         counts = [*num_records, *[NUM_RECORDS] * (len(names) - len(num_records))]
         self.institutions = {
             name: Institution(base_model, directory / name, index, counts[index])
@@ -138,7 +125,6 @@ class SecureSites:
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
         for each in self.institutions.values():
             each.stop()
 

@@ -28,6 +28,7 @@ from federation.base_model import model_digest
 from federation.wire import encode
 from tests.client.policy_example import changed
 from tests.conftest import write_records
+from tests.policies import policy_tree
 
 NUM_RECORDS = 40
 RUN = "ab" * 16
@@ -51,25 +52,15 @@ HEAD: dict[str, Any] = {
     "training": PRIVATE,
     "metrics": ["seconds"],
 }
-LIMITS: dict[str, Any] = {
-    "runs": {"allowed": [RUN], "bundles": ["c" * 64]},
-    "adapter": {"modules": ["model.layers.*"], "max_rank": 8, "max_alpha": 16.0},
-    "training": {
-        "max_steps": 8,
-        "max_batch": 8,
-        "max_tokens": 64,
-        "max_learning_rate": 0.01,
-        "max_rounds": 9,
-    },
-    "traffic": {
-        "uplink": ["float32"],
-        "max_round_bytes": 1_000_000,
-        "max_run_bytes": 5_000_000,
-    },
-    "aggregation": {"kinds": ["alternating"], "secure_sum_required": False, "min_cohort": 3},
-    "privacy": {"noise_floor": 1.0, "max_record_clip_norm": 1.0, "epsilon": 8.0, "delta": 1e-3},
-    "metrics": {"allowed": ["seconds"]},
-}
+LIMITS = policy_tree(
+    runs={"allowed": [RUN], "bundles": ["c" * 64]},
+    adapter__modules=["model.layers.*"],
+    adapter__max_alpha=16.0,
+    traffic={"uplink": ["float32"], "max_round_bytes": 1_000_000, "max_run_bytes": 5_000_000},
+    aggregation={"kinds": ["alternating"], "secure_sum_required": False, "min_cohort": 3},
+    privacy={"noise_floor": 1.0, "max_record_clip_norm": 1.0, "epsilon": 8.0, "delta": 1e-3},
+    metrics__allowed=["seconds"],
+)
 
 
 class Box:

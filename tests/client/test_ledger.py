@@ -6,11 +6,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from client.chain import SCHEMA, LedgerError, NotALedgerError, head_path
+from client.chain import SCHEMA, LedgerError, NotALedgerError, connect, head_path
 from client.ledger import Ledger, read_ledger
 from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.ledgers import ONE, RUN, data_set, entry, fill, open_ledger
@@ -53,6 +54,13 @@ def test_a_row_says_what_left_and_is_there_for_the_next_process(path):
     assert row.data_set == ONE.digest
     assert read_ledger(path).rows == [row]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_commit_waits_for_the_disk(path):
+    """What a power cut would show cannot be tested here: this is what SQLite promises for it."""
+    with open_ledger(path), closing(connect(path, is_writer=True)) as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_the_chain_can_be_followed_with_sqlite_and_sha256_alone(filled):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from client.reasons import Refused
+from client.secure_sum import advertise
 from client.secure_sum_state import SecureSumSite
 from client.site_state import KEPT_S, SiteStateError
 from federation.secure_messages import SecureSumError, Stage, Terms, read, session_of, write
@@ -234,6 +235,27 @@ def test_a_sum_below_the_cohort_of_the_policy_is_not_opened(tmp_path: Path) -> N
     cohort.server.close()
     with pytest.raises(SecureSumError, match="3 survivors: expected at least 4"):
         cohort.run_stage()
+
+
+def test_nothing_secret_of_an_attempt_is_drawn_a_second_time() -> None:
+    """The same terms, so that equal commitments would be equal seeds."""
+    cohort = Cohort(4, 3)
+    member = cohort.sites["s0"].member
+    made = [advertise(cohort.terms, member) for _ in range(3)]
+    for name in ("seal_key", "mask_key", "seed"):
+        assert len({getattr(held.secrets, name) for held in made}) == 3, name
+    assert len({json.loads(held.answers[Stage.ADVERTISE])["commitment"] for held in made}) == 3
+
+
+def test_a_vector_for_a_cohort_below_the_policy_is_not_even_masked(tmp_path: Path) -> None:
+    cohort, site = cohort_on_disk(tmp_path)
+    site.member = dataclasses.replace(site.member, min_cohort=4)
+    cohort.until(Stage.SHARE)
+    cohort.run_stage({"s3": Stage.SHARE})
+    cohort.server.close()
+    with pytest.raises(SecureSumError, match="3 members that shared: expected at least 4"):
+        site.masked(cohort.server.request())
+    assert not (site.directory / "run-beef" / "masked").exists()
 
 
 def test_a_run_is_not_the_name_of_a_file(tmp_path: Path) -> None:

@@ -270,9 +270,14 @@ def test_the_budget_ends_at_the_round_that_would_pass_it() -> None:
 
 def test_the_real_accountant_lets_more_rounds_through_for_the_sampling() -> None:
     event = PrivacyEvent(4.0, 0.032, 8)
-    tight = policy(privacy__epsilon=epsilon_of([event] * 40, 1e-6) * 1.0001)
+    enough = epsilon_of([event] * 40, 1e-6)
     asked = parse_request(HEAD.encode())
-    for num_before, rule in ((39, "allowed"), (40, "privacy.epsilon")):
+    for num_before, share, rule in (
+        (39, 1.0001, "allowed"),
+        (39, 0.9999, "privacy.epsilon"),  # the round costs as much as each before it
+        (40, 1.0001, "privacy.epsilon"),
+    ):
+        tight = policy(privacy__epsilon=enough * share)
         spent = dataclasses.replace(SPENT, events=(event,) * num_before)
         assert judge(asked, tight, spent, NOW, epsilon_of).rule == rule
 
@@ -309,6 +314,11 @@ def test_a_cohort_without_a_secure_sum_is_noted_as_the_servers_word() -> None:
     asked = parse_request(json.dumps(changed(request, cohort=4)).encode())
     findings = judge_all(asked, rules, SPENT, NOW, epsilon_without_sampling)
     assert "only the server's word" in findings["aggregation.min_cohort"].note
+
+
+def test_an_identity_that_is_listed_twice_is_one_site() -> None:
+    twice = policy(aggregation__cohort=["1" * 64, "2" * 64, "2" * 64])
+    assert refused_by(REQUEST, twice) == "aggregation.cohort"
 
 
 def test_metrics_that_the_noise_does_not_cover_are_noted() -> None:

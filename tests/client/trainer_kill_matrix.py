@@ -25,8 +25,7 @@ import torch
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
-from client.policy import Policy
-from client.round import site_records
+from client.round import settle, site_records
 from client.site import Site
 from client.trainer import Trainer
 from federation.accountant import PrivacyEvent
@@ -35,6 +34,7 @@ from federation.base_model import model_digest
 from federation.wire import open_update, write_message
 from tests.client.seeded_site import key_of
 from tests.conftest import write_records, write_tiny_model
+from tests.policies import policy_of
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil.rmtree"}
 RUN, ROUNDS, NUM_RECORDS = "ab" * 16, 3, 24
@@ -56,27 +56,19 @@ HEAD: dict[str, Any] = {
         "noise_multiplier": EVENT.noise_multiplier,
     },
 }
-POLICY: dict[str, Any] = {
-    "models": {"base": ["any"]},
-    "runs": {"allowed": [RUN], "bundles": ["any"]},
-    "adapter": {"modules": ["*"], "max_rank": 8, "max_alpha": 64.0},
-    "training": {
-        "max_steps": 8,
-        "max_batch": 8,
-        "max_tokens": 64,
-        "max_learning_rate": 0.01,
-        "max_rounds": 9,
-    },
-    "traffic": {"uplink": ["int8"], "max_round_bytes": 10**6, "max_run_bytes": 10**7},
-    "aggregation": {"kinds": ["products"], "secure_sum_required": False, "min_cohort": 2},
-    "privacy": {
-        "noise_floor": 1.0,
-        "max_record_clip_norm": 1.0,
-        "epsilon": 1000.0,
-        "delta": 1e-3,
-        "one_factor_only": False,
-    },
-}
+POLICY = policy_of(
+    runs__allowed=[RUN],
+    traffic__uplink=["int8"],
+    aggregation={"kinds": ["products"], "secure_sum_required": False, "min_cohort": 2},
+    privacy__max_record_clip_norm=1.0,
+    privacy__epsilon=1000.0,
+    privacy__delta=1e-3,
+    privacy__one_factor_only=False,
+)
+
+
+def say_nothing(event: str, **values: Any) -> None:
+    """Log nothing."""
 
 
 def prepare(work: Path) -> None:
@@ -101,9 +93,8 @@ def answer(work: Path, state: Path, server_round: int) -> bytes:
     shutil.copy(work / f"message-{server_round}", scratch / "message")
     head = json.dumps(HEAD | {"server_round": server_round}).encode()
     data_set = fingerprint(site_records(site.data), read_secret(state))
-    policy, silent = Policy.model_validate(POLICY), lambda *_, **__: None
-    with SiteGate(policy, Ledger.open(state / LEDGER), data_set, say=silent) as gate:
-        trainer = Trainer(site, gate, silent, key_of=key_of("bank"))
+    with SiteGate(POLICY, Ledger.open(state / LEDGER), data_set, say=say_nothing) as gate:
+        trainer = Trainer(site, gate, say_nothing, key_of=key_of("bank"))
         reply = trainer.answer(head, scratch / "message", scratch)
         assert reply.update is not None, reply.head
         return reply.update.read_bytes()
@@ -145,6 +136,7 @@ def main(work: Path, every: int) -> None:
     for server_round in range(1, ROUNDS + 1):
         shutil.copytree(state, work / f"before-{server_round}")
         expected[server_round] = answer(work, state, server_round)
+        settle()
     assert len({hashlib.sha256(update).digest() for update in expected.values()}) == ROUNDS
     # The second round: it begins with a residual and a change, and leaves both.
     codes: list[int] = []

@@ -23,6 +23,7 @@ from client.site_template import TWO_CONTAINERS
 from tests.client.test_coordinator import issue_server_certificate, make_authority
 from tests.conftest import write_records, write_tiny_model
 from tests.docker.containers import DOCKER, ROOT, Engine, can_contain, read_compose, stages
+from tests.policies import UNPROTECTED, policy_text
 
 SITES = ("clinic", "bank", "lab")
 COMPOSE = read_compose()
@@ -301,36 +302,12 @@ def test_the_scripts_give_each_key_to_its_user_and_overwrite_nothing(engine: Eng
     assert "exists" in again.stderr.lower()
 
 
-POLICY = """
-[models]
-base = ["any"]
-[runs]
-allowed = ["any"]
-bundles = ["any"]
-[adapter]
-modules = ["*"]
-max_rank = 8
-max_alpha = 64
-[training]
-max_steps = 8
-max_batch = 8
-max_tokens = 64
-max_learning_rate = 0.01
-max_rounds = 9
-[traffic]
-uplink = ["float32"]
-max_round_bytes = 10_000_000
-max_run_bytes = 100_000_000
-[aggregation]
-kinds = ["products"]
-secure_sum_required = false
-min_cohort = 1
-[privacy]
-required = false
-[metrics]
-allowed = ["num-examples", "train_loss", "seconds"]
-digits = 15
-"""
+POLICY = policy_text(
+    traffic__uplink=["float32"],
+    aggregation__kinds=["products"],
+    aggregation__min_cohort=1,
+    **UNPROTECTED,
+)
 
 
 @pytest.mark.slow

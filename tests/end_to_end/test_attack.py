@@ -26,6 +26,7 @@ from federation.wire import encode
 from tests.conftest import write_records, write_tiny_model
 from tests.end_to_end.test_resident_nodes import is_finished
 from tests.other_user import as_user, why_not
+from tests.policies import policy_text, toml_text
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deployment"))
@@ -69,39 +70,20 @@ REFUSED: dict[str, Any] = {
     "twice": json.dumps(HEAD)[:-1] + ', "metrics": ["seconds", "train_loss"]}',
     "no JSON": "{",
 }
-POLICY = f"""
-[models]
-base = ["any"]
-[runs]
-allowed = ["{RUN}"]
-bundles = ["any"]
-[adapter]
-modules = ["model.layers.*"]
-max_rank = 8
-max_alpha = 16
-[training]
-max_steps = 8
-max_learning_rate = 0.01
-max_batch = 8
-max_tokens = 64
-max_rounds = 9
-[traffic]
-uplink = ["float32"]
-max_round_bytes = 1_000_000
-max_run_bytes = 5_000_000
-[aggregation]
-kinds = ["alternating"]
-secure_sum_required = false
-min_cohort = 3
-[privacy]
-required = true
-noise_floor = 1.0
-max_record_clip_norm = 1.0
-epsilon = 8.0
-delta = 1e-3
-[metrics]
-allowed = ["seconds"]
-"""
+POLICY = policy_text(
+    runs__allowed=[RUN],
+    adapter__modules=["model.layers.*"],
+    adapter__max_alpha=16.0,
+    traffic__uplink=["float32"],
+    traffic__max_round_bytes=1_000_000,
+    traffic__max_run_bytes=5_000_000,
+    aggregation__kinds=["alternating"],
+    aggregation__secure_sum_required=False,
+    privacy__max_record_clip_norm=1.0,
+    privacy__epsilon=8.0,
+    privacy__delta=1e-3,
+    metrics__allowed=["seconds"],
+)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 
@@ -159,8 +141,7 @@ class Attacked:
         }
         apart = {"trainer": "socket/trainer", "socket_group": str(BETWEEN)}
         values |= {"allow_same_user": True} if self.is_shared else apart
-        lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-        (self.directory / "site.toml").write_text("\n".join(lines) + "\n")
+        (self.directory / "site.toml").write_text(toml_text(values))
         policy = self.directory / "policy.toml"
         policy.write_text(POLICY)
         policy.chmod(0o640)

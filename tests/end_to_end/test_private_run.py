@@ -26,7 +26,7 @@ from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, Spent, read_ledger
 from client.policy import Policy, read_policy
 from client.policy_template import policy_template
-from client.request import parse_request, with_facts
+from client.request import SiteRequest, parse_request, with_facts
 from client.round import site_records
 from client.site import Site
 from client.trainer import Trainer
@@ -47,6 +47,9 @@ from tests.simulated import LocalGrid
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "running-across-institutions.md"
 NUM_RECORDS, DELTA = 40, 1e-6
+RUN_ID, BASE = "ab" * 16, "d" * 64
+NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+UNSPENT = Spent(events=(), num_records=4000, answered={})
 ROUND_COST = PrivacyEvent(noise_multiplier=2.0, sampling_rate=4 / NUM_RECORDS, steps=2)
 """What a round of `RUN` spends at each site."""
 RUN: dict[str, Any] = {
@@ -76,9 +79,8 @@ class Institution:
         policy.write_text(opened_template(epsilon))
         data_set = fingerprint(site_records(data), read_secret(self.site.state))
         ledger = Ledger.open(self.ledger)
-        noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
         self.gate = SiteGate(
-            read_policy(policy), ledger, data_set, say=lambda *_, **__: None, now=lambda: noon
+            read_policy(policy), ledger, data_set, say=lambda *_, **__: None, now=lambda: NOON
         )
         self.trainer = Trainer(self.site, self.gate, say=lambda *_, **__: None)
 
@@ -188,36 +190,37 @@ def guide_block(name: str) -> str:
     return str(block)
 
 
+def asked_last(settings: FederationSettings, **more: Any) -> SiteRequest:
+    """Return what a site is asked in the last round of a run."""
+    head = {
+        "run": RUN_ID,
+        "bundle": "c" * 64,
+        "server_round": settings.num_rounds,
+        "uplink": settings.wire.uplink,
+        "downlink": settings.wire.downlink,
+        "aggregation": settings.aggregation,
+        "training": settings.training,
+        "metrics": settings.asked_metrics,
+    }
+    return with_facts(
+        parse_request(json.dumps(head | more).encode()),
+        shapes={"model.layers.0.self_attn.q_proj": (64, 64)},
+        rank=settings.adapter.rank,
+        alpha=settings.adapter.alpha,
+        base_model=BASE,
+        content_digest="e" * 64,
+    )
+
+
 def test_the_guides_private_run_is_one_that_the_template_lets_in() -> None:
     plan, start = (shlex.split(line) for line in guide_block("private run").splitlines())
     values = parse_config_args([start[-1]])
     settings = load_settings(FederationSettings, values, "the guide")
     planned = dict(pair.split("=") for flag, pair in pairwise(plan) if flag == "--set")
     assert {key: str(values[key]) for key in planned} == planned
-    head = {
-        "run": "ab" * 16,
-        "bundle": "c" * 64,
-        "server_round": settings.num_rounds,
-        "uplink": settings.wire.uplink,
-        "downlink": settings.wire.downlink,
-        "trains": "A",
-        "aggregation": settings.aggregation,
-        "cohort": settings.quorum,
-        "training": settings.training,
-        "metrics": settings.asked_metrics,
-    }
-    asked = with_facts(
-        parse_request(json.dumps(head).encode()),
-        shapes={"model.layers.0.self_attn.q_proj": (64, 64)},
-        rank=settings.adapter.rank,
-        alpha=settings.adapter.alpha,
-        base_model="d" * 64,
-        content_digest="e" * 64,
-    )
+    asked = asked_last(settings, trains="A", cohort=settings.quorum)
     policy = Policy.model_validate(tomllib.loads(opened_template(8.0)))
-    noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
-    spent = Spent(events=(), num_records=4000, answered={})
-    assert judge(asked, policy, spent, noon, epsilon_of).rule == "allowed"
+    assert judge(asked, policy, UNSPENT, NOON, epsilon_of).rule == "allowed"
     said = dict(pairwise(plan))
     cost = privacy_cost(settings, int(said["--records"]), 1e-6, float(said["--epsilon"]))
     assert f"epsilon {cost.epsilon:.2f} (delta 1e-6" in GUIDE.read_text()
@@ -232,40 +235,18 @@ def test_the_run_of_the_site_guide_is_let_in_by_what_init_writes() -> None:
         FederationSettings, parse_config_args([shlex.split(line)[-1]]), "the guide"
     )
     sums = settings.secure_sum
-    head = {
-        "run": "ab" * 16,
-        "bundle": "c" * 64,
-        "server_round": settings.num_rounds,
-        "uplink": settings.wire.uplink,
-        "downlink": settings.wire.downlink,
-        "trains": "B",
-        "aggregation": settings.aggregation,
-        "training": settings.training,
-        "metrics": settings.asked_metrics,
-        "stage": "advertise",
-        "attempt": 1,
-        "secure_sum": {
-            "cohort": settings.num_sites,
-            "threshold": sums.threshold,
-            "clip": sums.clip,
-            "bits": sums.bits,
-            "max_examples": sums.max_examples,
-        },
+    terms = {
+        "cohort": settings.num_sites,
+        "threshold": sums.threshold,
+        "clip": sums.clip,
+        "bits": sums.bits,
+        "max_examples": sums.max_examples,
     }
-    asked = with_facts(
-        parse_request(json.dumps(head).encode()),
-        shapes={"model.layers.0.self_attn.q_proj": (64, 64)},
-        rank=settings.adapter.rank,
-        alpha=settings.adapter.alpha,
-        base_model="d" * 64,
-        content_digest="e" * 64,
-    )
-    text = policy_template(base_models=["d" * 64])
-    text = text.replace("\nallowed = []", '\nallowed = ["' + "ab" * 16 + '"]', 1)
+    asked = asked_last(settings, trains="B", stage="advertise", attempt=1, secure_sum=terms)
+    text = policy_template(base_models=[BASE])
+    text = text.replace("\nallowed = []", f'\nallowed = ["{RUN_ID}"]', 1)
     others = json.dumps([digit * 64 for digit in "123"])
     text = text.replace("\ncohort = []", f"\ncohort = {others}", 1)
     policy = load_settings(Policy, tomllib.loads(text), "the template")
-    noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
-    spent = Spent(events=(), num_records=4000, answered={})
-    verdict = judge(asked, policy, spent, noon, epsilon_of)
+    verdict = judge(asked, policy, UNSPENT, NOON, epsilon_of)
     assert verdict.rule == "allowed", verdict

@@ -27,6 +27,7 @@ from federation.sites import Reply, Request
 from federation.status import summarise
 from tests.client.policy_example import opened_template
 from tests.conftest import write_records, write_tiny_model
+from tests.policies import UNPROTECTED, policy_text, toml_text
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "deployment"))
@@ -49,36 +50,12 @@ SETTINGS: dict[str, Any] = {
     "wire.downlink": "int8",
 }
 """int8 both ways: error feedback and references make a site's state matter."""
-POLICY = """
-[models]
-base = ["any"]
-[runs]
-allowed = ["any"]
-bundles = ["any"]
-[adapter]
-modules = ["*"]
-max_rank = 8
-max_alpha = 64
-[training]
-max_steps = 8
-max_batch = 8
-max_tokens = 64
-max_learning_rate = 0.01
-max_rounds = 9
-[traffic]
-uplink = ["int8"]
-max_round_bytes = 10_000_000
-max_run_bytes = 100_000_000
-[aggregation]
-kinds = ["products"]
-secure_sum_required = false
-min_cohort = 2
-[privacy]
-required = false
-[metrics]
-allowed = ["num-examples", "train_loss", "seconds"]
-digits = 15
-"""
+POLICY = policy_text(
+    traffic__uplink=["int8"],
+    aggregation__kinds=["products"],
+    aggregation__min_cohort=2,
+    **UNPROTECTED,
+)
 """Lets these runs in; the ranks of others may be too high."""
 
 
@@ -208,7 +185,16 @@ def new_institution(
     name = directory.name
     key = make_node_key(directory)
     made.flwr("supernode", "register", str(key.with_suffix(".pub")))
-    values = {
+    (directory / "site.toml").write_text(toml_text(site_values(made, inputs, name) | more))
+    (directory / "policy.toml").write_text(policy)
+    site = Institution(name, directory, made)
+    site.start()
+    return site
+
+
+def site_values(made: Deployment, inputs: Path, name: str) -> dict[str, Any]:
+    """Return what the site.toml of a site of the deployment says."""
+    return {
         "superlink": f"127.0.0.1:{made.sites_port}",
         "root_certificate": str(made.certificates / "ca.crt"),
         "node_key": "node",
@@ -219,13 +205,7 @@ def new_institution(
         "name": name,
         "log": "site.log",
         "drain_s": 120.0,
-    } | more
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    (directory / "site.toml").write_text("\n".join(lines) + "\n")
-    (directory / "policy.toml").write_text(policy)
-    site = Institution(name, directory, made)
-    site.start()
-    return site
+    }
 
 
 def submit(made: Deployment, inputs: Path, out: Path, num_rounds: int, **more: Any) -> str:

@@ -29,6 +29,7 @@ from tests.end_to_end.test_resident_nodes import (
     new_institution,
     submit,
 )
+from tests.policies import policy_text
 from tests.secure_sites import NUM_RECORDS, SecureSites
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -55,33 +56,6 @@ SETTINGS: dict[str, Any] = {
     "secure_sum.clip": 4e-3,
     "secure_sum.stage_timeout_s": 120.0,
 }
-POLICY = """
-[models]
-base = ["any"]
-[runs]
-allowed = ["any"]
-bundles = ["any"]
-[adapter]
-modules = ["*"]
-max_rank = 8
-max_alpha = 64
-[training]
-max_steps = 8
-max_batch = 8
-max_tokens = 64
-max_learning_rate = 0.01
-max_rounds = 9
-[traffic]
-uplink = ["float32"]
-max_round_bytes = 10_000_000
-max_run_bytes = 100_000_000
-[aggregation]
-kinds = ["alternating"]
-min_cohort = 3
-cohort = {cohort}
-[privacy]
-required = false
-"""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +78,12 @@ def institutions(made: Deployment, inputs: Path) -> Iterator[list[Institution]]:
     """Four sites; the last runs a stock SuperNode beside its trainer."""
     root = Path(tempfile.mkdtemp(prefix="fedge-"))
     keys = [new_identity(root / name / "identity") for name in NAMES]
-    policy = POLICY.format(cohort=json.dumps([public_identity(key) for key in keys]))
+    policy = policy_text(
+        traffic__uplink=["float32"],
+        aggregation__kinds=["alternating"],
+        aggregation__cohort=[public_identity(key) for key in keys],
+        privacy__required=False,
+    )
     sites = []
     for name in NAMES:
         node = "supernode" if name == NAMES[-1] else "resident"

@@ -250,14 +250,15 @@ def test_what_a_site_holds_does_not_print_its_secrets() -> None:
     assert not any(secret in shown for secret in held.secrets.model_dump().values())
 
 
-def test_a_sum_with_an_impossible_number_of_examples_is_refused() -> None:
+@pytest.mark.parametrize(("added", "total"), [(100, 104), (-1, 3), (-104, -100)])
+def test_a_sum_with_an_impossible_number_of_examples_is_refused(added: int, total: int) -> None:
     cohort = Cohort(4, 3)
 
     def add_to_last(raw: bytes) -> bytes:
-        last = (int.from_bytes(raw[-2:], "little") + 100) % 2**16
+        last = (int.from_bytes(raw[-2:], "little") + added) % 2**16
         return raw[:-2] + last.to_bytes(2, "little")
 
-    with pytest.raises(SecureSumError, match="add up to 104, expected 4 to 4"):
+    with pytest.raises(SecureSumError, match=f"add up to {total}, expected 4 to 4"):
         cohort.sum(spoil={("s0", Stage.MASK): add_to_last})
 
 
