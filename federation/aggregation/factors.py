@@ -1,6 +1,8 @@
 """The usual baseline: A and B averaged apart (FedIT, arXiv:2305.05644).
 
 Cheap, additive, and not the mean update: it is kept to be compared with.
+
+Shape letters: O out features, I in features, R rank, S slices of all clients, C columns (O or I).
 """
 
 from __future__ import annotations
@@ -46,13 +48,22 @@ def average_factors(
     b_OR[:, :num_means] = b_OS @ mean_RS[:num_means].mT.to(dtype)
     a_RI[:num_means] = mean_RS[:num_means].to(dtype) @ a_SI
 
-    exact_b = b_OS * weights_S.to(dtype)
-    size = _product_norm(exact_b, a_SI)
-    distance = _product_norm(torch.cat([exact_b, -b_OR], 1), torch.cat([a_SI, a_RI], 0))
+    # Both products are B X A over the same stacks, so one Gram matrix a factor tells both norms.
+    mean_RS = mean_RS[:num_means]
+    gram_SS, exact_SS = _gram(b_OS.mT), weights_S.diag()
+    gram_of_a_SS = _gram(a_SI)
+    size = _norm(exact_SS, gram_SS, gram_of_a_SS)
+    distance = _norm(exact_SS - mean_RS.mT @ mean_RS, gram_SS, gram_of_a_SS)
     return LowRank(b_OR, a_RI), distance / size if size > 0 else 0.0
 
 
-def _product_norm(b_OR: Tensor, a_RI: Tensor) -> float:
-    """Return the Frobenius norm of ``b @ a`` from the Gram matrices of its factors."""
-    b, a = b_OR.double(), a_RI.double()
-    return float(((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt())
+def _gram(rows_SC: Tensor) -> Tensor:
+    """Return the inner products of S slices of C numbers, [S, S] float64."""
+    wide_SC = rows_SC.double()
+    return wide_SC @ wide_SC.mT
+
+
+def _norm(inner_SS: Tensor, gram_b_SS: Tensor, gram_a_SS: Tensor) -> float:
+    """Return the Frobenius norm of ``B X A`` from X [S, S] and the Gram matrices of B and A."""
+    squares_SS = (inner_SS.mT @ gram_b_SS @ inner_SS) * gram_a_SS
+    return float(squares_SS.sum().clamp_min(0).sqrt())
