@@ -26,7 +26,6 @@ from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import LEDGER, Ledger, read_ledger
 from client.ledger_audit import check_epsilons
-from client.policy import Policy
 from client.round import site_records
 from client.site import Site
 from client.trainer import Trainer
@@ -38,18 +37,19 @@ from federation.secure_sum import SecureSum
 from federation.wire import open_update, write_message
 from tests.client.policy_example import changed
 from tests.client.seeded_site import key_of
-from tests.client.trainer_kill_matrix import CHANGES, HEAD, NUM_RECORDS, POLICY, RUN
+from tests.client.trainer_kill_matrix import CHANGES, HEAD, LIMITS, NUM_RECORDS, RUN, say_nothing
 from tests.conftest import write_records, write_tiny_model
+from tests.policies import policy_of
 
 NAMES = ("a", "b", "c")
 TERMS: dict[str, Any] = {"cohort": 3, "threshold": 2, "clip": 4e-3, "bits": 16}
 SECURE = changed(HEAD, uplink="float32", downlink="float32", trains="B", aggregation="alternating")
 SECURE |= {"secure_sum": TERMS, "cohort": 3, "server_round": 1, "attempt": 1}
-LIMITS = changed(
-    POLICY,
-    traffic__uplink=["float32"],
-    aggregation={"kinds": ["alternating"], "min_cohort": 2, "cohort": ["any"]},
-)
+SECURE_LIMITS: dict[str, Any] = {
+    "traffic__uplink": ["float32"],
+    "aggregation": {"kinds": ["alternating"], "min_cohort": 2, "cohort": ["any"]},
+}
+POLICY = policy_of(**LIMITS | SECURE_LIMITS)
 
 
 def answer(work: Path, name: str, stage: Stage, message: Path) -> bytes:
@@ -60,10 +60,9 @@ def answer(work: Path, name: str, stage: Stage, message: Path) -> bytes:
     shutil.copy(message, scratch / "message")
     data_set = fingerprint(site_records(site.data), read_secret(state))
     identity = Ed25519PrivateKey.from_private_bytes(name.encode() * 32)
-    policy, silent = Policy.model_validate(LIMITS), lambda *_, **__: None
     ledger = Ledger.open(state / LEDGER)
-    with SiteGate(policy, ledger, data_set, say=silent, identity=identity) as gate:
-        trainer = Trainer(site, gate, silent, key_of=key_of(name))
+    with SiteGate(POLICY, ledger, data_set, say=say_nothing, identity=identity) as gate:
+        trainer = Trainer(site, gate, say_nothing, key_of=key_of(name))
         head = json.dumps(SECURE | {"stage": stage}).encode()
         reply = trainer.answer(head, scratch / "message", scratch)
         assert reply.update is not None, reply.head

@@ -56,15 +56,16 @@ HEAD: dict[str, Any] = {
         "noise_multiplier": EVENT.noise_multiplier,
     },
 }
-POLICY = policy_of(
-    runs__allowed=[RUN],
-    traffic__uplink=["int8"],
-    aggregation={"kinds": ["products"], "secure_sum_required": False, "min_cohort": 2},
-    privacy__max_record_clip_norm=1.0,
-    privacy__epsilon=1000.0,
-    privacy__delta=1e-3,
-    privacy__one_factor_only=False,
-)
+LIMITS: dict[str, Any] = {
+    "runs__allowed": [RUN],
+    "traffic__uplink": ["int8"],
+    "aggregation": {"kinds": ["products"], "secure_sum_required": False, "min_cohort": 2},
+    "privacy__max_record_clip_norm": 1.0,
+    "privacy__epsilon": 1000.0,
+    "privacy__delta": 1e-3,
+    "privacy__one_factor_only": False,
+}
+POLICY = policy_of(**LIMITS)
 
 
 def say_nothing(event: str, **values: Any) -> None:
