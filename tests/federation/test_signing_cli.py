@@ -192,7 +192,7 @@ def test_a_run_that_was_signed_is_let_in_by_a_site_that_was_told_the_key_alone(
     judged = verdict(request, policy_for(public, digest))
     assert (judged.rule, judged.is_allowed) == ("allowed", True), judged.reason
     # The signature is one that anybody can check who knows the format.
-    text = b"fedge run description, version 2\n" + request.description.encode()
+    text = b"fedge run description, version 3\n" + request.description.encode()
     Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
         bytes.fromhex(request.signature), text
     )
@@ -234,7 +234,7 @@ def test_what_a_site_is_asked_is_what_was_signed_whatever_the_kind_of_run(
         ({"num_rounds": 3}, "num_rounds is 3, signed is 2"),
         ({"training.num_steps": 3}, "training.num_steps is 3, signed is 2"),
         ({"training.noise_multiplier": 0.5}, "training.noise_multiplier is 0.5, signed is 2.0"),
-        ({"adapter.rank": 8}, "rank is 8, signed is at most 4"),
+        ({"adapter.rank": 8}, "rank is 8, signed is 4"),
         ({"adapter.targets": "attention"}, "modules is"),
         ({"metrics": "seconds"}, 'metrics is ["seconds"], signed is []'),
         ({"quorum": 2}, "cohort is 2, signed is 3"),
