@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from federation.settings import AGGREGATIONS, Dtype, Settings
+from federation.signing_key import is_of_low_order
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -134,6 +135,8 @@ def sign(key: Ed25519PrivateKey, content: str) -> str:
 def is_signed_by(public_key: str, signature: str, content: str) -> bool:
     """Tell whether the owner of a key signed a description.
 
+    A key of low order has no owner: anybody can sign for it.
+
     Args:
         public_key: 64 hex digits.
         signature: 128 hex digits.
@@ -146,6 +149,8 @@ def is_signed_by(public_key: str, signature: str, content: str) -> bool:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
+    if is_of_low_order(public_key):
+        return False
     try:
         key.verify(bytes.fromhex(signature), FIRST_LINE + content.encode())
     except InvalidSignature:
