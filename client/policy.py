@@ -31,8 +31,8 @@ def _belongs_to_one(key: str) -> str:
     """Return a public key, or "any", unless it is one for which anybody can sign."""
     if key != ANY and is_of_low_order(key):
         raise ValueError(
-            f"public key {key[:16]}… is of low order, so anybody can sign for it: expected one that "
-            "`federation keygen` or `client identity` printed"
+            f"public key {key[:16]}… is of low order, so anybody can sign for it: expected one "
+            "that `federation keygen` or `client identity` printed"
         )
     return key
 
