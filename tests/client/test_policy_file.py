@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ class Officer:
         self.slept: list[float] = []
         self.at_sleep: list[Callable[[], None]] = []
         self.write(f'[runs]\nallowed = ["{RUN}"]\n')
+        os.utime(path, (0, 0))
         self.file = PolicyFile(path, self.say, sleep=self.sleep)
 
     def say(self, event: str, **values: Any) -> None:
@@ -123,6 +126,23 @@ def test_a_half_written_policy_is_waited_for_and_never_used(officer: Officer) ->
     assert len(officer.file.current().quiet_hours.windows) == 1
     assert officer.slept == [SETTLED_S, SETTLED_S]
     assert len(officer.said) == 2
+
+
+def test_a_policy_that_is_half_written_when_a_trainer_starts_is_waited_for_too(
+    officer: Officer,
+) -> None:
+    first = f'[runs]\nallowed = ["{OTHER}"]\n'
+    whole = first + '[[quiet_hours.windows]]\nfrom = "00:00"\nto = "00:00"\n'
+    officer.write(first)
+    officer.at_sleep = [lambda: officer.write(whole)]
+    started = PolicyFile(officer.path, officer.say, sleep=officer.sleep)
+    assert officer.slept == [SETTLED_S, SETTLED_S]
+    assert len(started.current().quiet_hours.windows) == 1
+    # One that was left alone for longer than that, however short, is read at once.
+    then = time.time() - SETTLED_S
+    os.utime(officer.path, (then, then))
+    PolicyFile(officer.path, officer.say, sleep=officer.sleep)
+    assert officer.slept == [SETTLED_S, SETTLED_S]
 
 
 def test_a_policy_that_is_written_all_the_time_lets_nobody_in(officer: Officer) -> None:
