@@ -13,7 +13,6 @@ import pytest
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import Ledger, read_ledger
-from client.policy import Policy
 from client.policy_file import SETTLED_S, PolicyFile, policy_state
 from client.reasons import REFUSED, Refused
 from client.round import site_records
@@ -162,20 +161,6 @@ def test_a_trainer_does_not_start_with_a_broken_policy(tmp_path: Path) -> None:
     path.write_text("[runs")
     with pytest.raises(SettingsError, match="is not TOML"):
         PolicyFile(path, lambda *_, **__: None)
-
-
-def test_any_prefix_of_a_policy_that_is_left_there_is_a_policy_or_lets_nobody_in(
-    officer: Officer,
-) -> None:
-    text = '[models]\nbase = ["any"]\n[runs]\nallowed = ["any"]\n[privacy]\nepsilon = 3.0\n'
-    for length in range(len(text)):
-        officer.write(text[:length])
-        try:
-            found = officer.file.current()
-        except Refused:
-            continue
-        assert isinstance(found, Policy)
-        assert found.privacy.epsilon in (0.0, 3.0)
 
 
 def toml_of(policy: dict[str, Any]) -> str:
