@@ -24,7 +24,14 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from federation.settings import AGGREGATIONS, Dtype, Settings
 from federation.signing_key import is_of_low_order
@@ -79,10 +86,27 @@ class RunDescription(Settings):
     """Names of what comes back beside the update, in the order asked."""
     cohort: Annotated[int, Field(ge=0)]
     """Fewest updates in an average; with a secure sum the sites that it asks."""
-    secure_sum: dict[str, Any] | None
+    secure_sum: Annotated[dict[str, Any], Field(min_length=1)] | None
     """Terms of the secure sum."""
     not_after: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z$|^$")]
     """When the signature ends, in UTC; empty in what is asked."""
+
+    @field_validator("training", "secure_sum")
+    @classmethod
+    def _says_values(
+        cls, table: dict[str, Any] | None, info: ValidationInfo
+    ) -> dict[str, Any] | None:
+        # NaN would be signed as null, and null read as a setting that is not there.
+        for name, value in (table or {}).items():
+            is_finite = isinstance(value, int) or (
+                isinstance(value, float) and math.isfinite(value)
+            )
+            if not (is_finite or isinstance(value, str)):
+                raise ValueError(
+                    f"{info.field_name}.{name} is {_shown(value)}: expected a finite number, a "
+                    "text or a boolean"
+                )
+        return table
 
     @model_validator(mode="after")
     def _rank_is_in_its_range(self) -> Self:
@@ -186,6 +210,7 @@ def difference(signed: RunDescription, asked: RunDescription) -> str:
     for name in [*want, *(name for name in said if name not in want)]:
         ours, theirs = (_shown(side.get(name)) for side in (said, want))
         # As they are written: True is not 1 and 1.0 is not 1, as in the canonical form.
+        # No value is null: what `get` says so of is not there.
         if canonical_json(said.get(name)) != canonical_json(want.get(name)):
             return f"{name} is {ours}, signed is {theirs}"
     return ""

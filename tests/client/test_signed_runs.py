@@ -1,12 +1,15 @@
 import json
+import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from client.request import parse_request
 from client.verdict import judge
+from federation.run_signature import RunDescription
 from tests.client.policy_example import (
     BASE,
     NOW,
@@ -207,6 +210,26 @@ def test_what_is_no_description_lets_nobody_in_whoever_signed_it(text: str) -> N
     request = signed(ASKED, SIGNER, text)
     assert refused_by(request, SIGNED_ONLY) == "runs.allowed"
     assert "no description of a run that this version can read" in reason(request)
+
+
+def test_a_null_that_was_signed_is_no_setting_that_was_left_out() -> None:
+    for table, name in (("training", "seed"), ("secure_sum", "more")):
+        described = changed(DESCRIBED, **{f"{table}__{name}": None})
+        assert "no description of a run that this version can read" in reason(
+            signed(ASKED, SIGNER, described)
+        )
+    # Nor is a table without a key the same as no table.
+    described = DESCRIBED | {"secure_sum": {}}
+    rules = SIGNED_ONLY.model_copy(update={"aggregation": policy().aggregation})
+    asked = changed(ASKED, secure_sum=None, cohort=5)
+    assert refused_by(signed(asked, SIGNER, described), rules) == "runs.allowed"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, [1.0], {"a": 1}])
+def test_what_json_cannot_say_or_a_run_cannot_mean_is_not_signed(value: object) -> None:
+    for table in ("training", "secure_sum"):
+        with pytest.raises(ValidationError, match=rf"{table}\.clip is "):
+            RunDescription.model_validate(DESCRIBED | {table: {"clip": value}})
 
 
 def test_a_site_that_cannot_know_the_bundle_asks_its_policy_for_any() -> None:

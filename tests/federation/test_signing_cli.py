@@ -1,6 +1,7 @@
 """A run is signed by the command, started by its file, and judged by a site, in this process."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -103,6 +104,7 @@ class Coordinator:
 
     def sign(self, config: dict[str, Any], name: str = "run.toml", *more: object) -> int:
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        given = given.replace("=NaN", "=nan").replace("=Infinity", "=inf")  # as TOML says them
         key, out = self.directory / "coordinator", self.directory / name
         return self.command("sign", self.app, "--key", key, "--out", out, "-c", given, *more)
 
@@ -332,6 +334,8 @@ def test_a_signature_holds_for_the_days_that_were_asked(
         ({"num_round": 3}, (), "num_round"),
         ({"num_rounds": 0}, (), "'num_rounds' is 0"),
         ({"base_model": "/nowhere"}, (), "/nowhere does not exist"),
+        ({"training.learning_rate": math.nan}, (), "training.learning_rate is NaN: expected a fin"),
+        ({"training.proximal_mu": math.inf}, (), "training.proximal_mu is Infinity: expected"),
     ],
     ids=str,
 )
