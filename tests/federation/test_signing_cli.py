@@ -284,15 +284,20 @@ def test_a_run_that_goes_on_later_is_signed_anew_under_its_own_id(
     resumed = {"resume": str(coordinator.directory / "run")}
     (coordinator.directory / "run.toml").unlink()
     assert coordinator.sign(resumed, "run.toml", "--days", 3) == 0
+    # One that the check before the run refuses is not kept.
+    described = coordinator.directory / "run" / "run.json"
+    before = described.read_bytes()
+    assert coordinator.start(bundle="d" * 64).asked == []
+    assert described.read_bytes() == before
     second = coordinator.start().request(bundle_digest(coordinator.app), tmp_path)
     assert second.run == first.run
     assert second.description != first.description
     assert second.settings_digest == first.settings_digest
     assert verdict(second, policy_for(public, digest)).is_allowed
-    # What was signed first is what an unsigned resumption goes on with.
+    # What was signed last is what an unsigned resumption goes on with.
     (coordinator.directory / "run.toml").write_text(f"resume = {json.dumps(resumed['resume'])}\n")
     third = coordinator.start().request(bundle_digest(coordinator.app), tmp_path)
-    assert third.description == first.description
+    assert third.description == second.description
 
 
 def test_whoever_holds_a_run_s_file_can_see_who_signed_what(
