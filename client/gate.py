@@ -275,6 +275,7 @@ class SiteGate:
             self._parsed(question.content),
             shapes=question.shapes,
             rank=question.rank,
+            served_rank=question.served_rank,
             alpha=question.alpha,
             base_model=question.base_model,
             content_digest=question.adapter,

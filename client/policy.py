@@ -15,20 +15,34 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from client.request import MetricName, StrictSettings
 from federation.header import MAX_ALPHA, MAX_RANK
 from federation.settings import AGGREGATIONS, Dtype, load_settings, parse_toml, read_toml
+from federation.signing_key import is_of_low_order
 
 ANY = "any"
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
+
+def _belongs_to_one(key: str) -> str:
+    """Return a public key, or "any", unless it is one for which anybody can sign."""
+    if key != ANY and is_of_low_order(key):
+        raise ValueError(
+            f"public key {key[:16]}… is of low order, so anybody can sign for it: expected one "
+            "that `federation keygen` or `client identity` printed"
+        )
+    return key
+
+
 DigestOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{64})$")]
 RunOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{32})$")]
-PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-PublicKeyOrAny = Annotated[str, Field(pattern="^(any|[0-9a-f]{64})$")]
+PublicKey = Annotated[str, Field(pattern="^[0-9a-f]{64}$"), AfterValidator(_belongs_to_one)]
+PublicKeyOrAny = Annotated[
+    str, Field(pattern="^(any|[0-9a-f]{64})$"), AfterValidator(_belongs_to_one)
+]
 ModulePattern = Annotated[str, Field(pattern="^[A-Za-z0-9_.*?-]{1,256}$")]
 Digits = Annotated[int, Field(ge=1, le=15)]
 Limit = Annotated[int, Field(ge=0, le=2**53)]

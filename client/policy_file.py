@@ -2,7 +2,9 @@
 
 A file that cannot be read, or allows something that no policy can, lets nobody in until it is
 mended: what was allowed before it was broken does not go on. A file that is being written is not
-used half: it counts once nobody has touched it for `SETTLED_S`, which the question waits for.
+used half: it counts once nobody has touched it for `SETTLED_S`, which the question waits for, and
+the start of a trainer too. A writer that pauses for longer is not noticed: who puts another file in
+its place in one step needs no such patience.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class PolicyFile:
         *,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Read the file, as whoever starts the trainer left it.
+        """Read the file once it is settled, as whoever starts the trainer left it.
 
         Args:
             path: Of policy.toml.
@@ -39,12 +41,13 @@ class PolicyFile:
             sleep: Waits that many seconds.
 
         Raises:
-            SettingsError: It is missing, not TOML, or no policy.
+            SettingsError: It is missing, not TOML, no policy, or written all the time.
         """
         self._path = path
         self._say = say
         self._sleep = sleep
-        content = _read(path)
+        is_young = time.time() - _stamp(path)[0] / 1e9 < SETTLED_S
+        content = self._settled() if is_young else _read(path)
         self._policy: Policy | None = parse_policy(content, str(path))
         self.digest = hashlib.sha256(content).hexdigest()
         """sha256 of the file, as sha256sum prints it; "" = it could not be read."""

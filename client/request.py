@@ -98,7 +98,11 @@ class AdapterFacts(StrictSettings):
     content_digest: Digest
     """Content digest of the adapter that is to be trained (federation.wire)."""
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)]
+    """Of what this site trains."""
+    served_rank: Annotated[int, Field(ge=0, le=MAX_RANK)] = 0
+    """Of the message, which is more where this site trains fewer slices; 0 = the same."""
     alpha: Annotated[float, Field(gt=0, le=MAX_ALPHA)]
+    """At the rank of the message."""
     modules: Annotated[tuple[ModuleName, ...], Field(strict=False, min_length=1)]
     """Names of the projections that have factors."""
     num_bytes: Annotated[int, Field(ge=1, le=_LARGEST_SIZE)]
@@ -209,7 +213,7 @@ class SiteRequest(StrictSettings):
         Raises:
             ValidationError: The request does not say ``num_rounds``.
         """
-        terms = self.secure_sum
+        terms, rank = self.secure_sum, facts.served_rank or facts.rank
         return RunDescription(
             run=self.run,
             bundle=self.bundle,
@@ -217,8 +221,10 @@ class SiteRequest(StrictSettings):
             num_rounds=self.num_rounds,
             aggregation=self.aggregation,
             factors="one" if len(self.trains) == 1 else "both",
-            rank=facts.rank,
+            rank=rank,
             alpha=facts.alpha,
+            min_rank=rank,
+            max_rank=rank,
             modules=module_kinds(facts.modules),
             num_modules=len(facts.modules),
             uplink=self.uplink,
@@ -276,6 +282,7 @@ def with_facts(
     alpha: float,
     base_model: str,
     content_digest: str,
+    served_rank: int = 0,
 ) -> SiteRequest:
     """Return the request with what the trainer read from the message; what it claimed is dropped.
 
@@ -289,6 +296,7 @@ def with_facts(
         alpha: LoRA alpha.
         base_model: Digest that the message names.
         content_digest: Of the adapter to train.
+        served_rank: Slices of the message's adapter, of which this site trains ``rank``; 0 = all.
 
     Raises:
         RequestError: The message's adapter has a name, a rank or a size that none can have.
@@ -310,6 +318,7 @@ def with_facts(
         base_model=base_model,
         content_digest=content_digest,
         rank=rank,
+        served_rank=served_rank,
         alpha=alpha,
         modules=tuple(shapes),
         num_bytes=num_bytes,
@@ -337,6 +346,7 @@ def with_claims(
         base_model=header.base_model,
         content_digest=content_digest,
         rank=rank,
+        served_rank=header.rank,
         alpha=header.alpha,
         modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in header.places)),
         num_bytes=1,

@@ -66,6 +66,7 @@ class Round(Settings):
     """Digest of the records that it was trained on."""
     base_model: str
     rank: int
+    served_rank: int = 0
     alpha: float
     shapes: dict[str, tuple[int, int]]
     num_bytes: int

@@ -65,6 +65,8 @@ class Facts:
     """Digest, in hex."""
     rank: int
     """Of what this site trains: its own rank may be below the message's."""
+    served_rank: int
+    """Of the message."""
     alpha: float
     shapes: Mapping[str, tuple[int, int]]
     """Out and in features of each module."""
@@ -101,6 +103,7 @@ class Question:
     base_model: str
     """This and what follows: see `Facts`."""
     rank: int
+    served_rank: int
     alpha: float
     shapes: Mapping[str, tuple[int, int]]
     num_bytes: int
@@ -434,6 +437,7 @@ def facts_of(received: Update, site: Site) -> Facts:
     return Facts(
         base_model=received.base_model,
         rank=received.rank if site.rank is None else min(site.rank, received.rank),
+        served_rank=received.rank,
         alpha=received.alpha,
         shapes=received.shapes(),
         num_bytes=received.num_bytes,

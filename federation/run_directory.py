@@ -52,11 +52,18 @@ class RunDirectory:
     """The directory of one run, claimed for this process."""
 
     def __init__(
-        self, settings: FederationSettings, run: str, base_model: str, *, is_new: bool
+        self,
+        settings: FederationSettings,
+        run: str,
+        base_model: str,
+        *,
+        is_new: bool,
+        is_signed_anew: bool = False,
     ) -> None:
         """Use `start` or `resume`."""
         self.settings = settings
         self._is_new = is_new
+        self._is_signed_anew = is_signed_anew
         self.path = Path(settings.out)
         self.run = run
         self.base_model = base_model
@@ -82,7 +89,8 @@ class RunDirectory:
 
         Args:
             path: Its directory.
-            signed: A newer signature of the run; without one the first goes on.
+            signed: A newer signature of the run, which is kept once the directory is claimed;
+                without one the last goes on.
 
         Raises:
             ResumeError: There is no run, or its last round is damaged.
@@ -101,7 +109,9 @@ class RunDirectory:
         except (ValueError, KeyError, TypeError):
             raise ResumeError(f"{description_path} is damaged: start a new run") from None
         settings = load_settings(FederationSettings, values, str(description_path))
+        is_signed_anew = False
         if signed is not None and signed.signature:
+            is_signed_anew = signed != settings.signed
             settings = settings.model_copy(update={"signed": signed})
         seen = model_digest(Path(settings.base_model))
         if seen != digest:
@@ -109,7 +119,7 @@ class RunDirectory:
                 f"{settings.base_model} has digest {seen[:16]}…, the run trains {digest[:16]}…: "
                 "put the run's base model back"
             )
-        return cls(settings, run, digest, is_new=False)
+        return cls(settings, run, digest, is_new=False, is_signed_anew=is_signed_anew)
 
     def __enter__(self) -> Self:
         """Claim the directory and clear what a kill left half written.
@@ -132,6 +142,7 @@ class RunDirectory:
                 leftover.unlink()
         if self._is_new:
             _refuse_used(self.path)
+        if self._is_new or self._is_signed_anew:
             self._describe()
         # Not before: whoever ran it until now may have finished a round.
         names = (match for p in self.path.iterdir() if (match := _ROUND.fullmatch(p.name)))

@@ -18,19 +18,28 @@ Keys and signatures are raw Ed25519 (RFC 8032) in hex: 64 and 128 digits.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from federation.settings import AGGREGATIONS, Dtype, Settings
+from federation.signing_key import is_of_low_order
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-FIRST_LINE = b"fedge run description, version 2\n"
+FIRST_LINE = b"fedge run description, version 3\n"
 MAX_DESCRIPTION = 32 << 10
 """Bytes; the head of a message has room for twice as many."""
 MOMENT = "%Y-%m-%dT%H:%M:%SZ"
@@ -57,9 +66,13 @@ class RunDescription(Settings):
     factors: Literal["both", "one"]
     """How many of A and B a round trains."""
     rank: Annotated[int, Field(ge=1)]
-    """Slices of the adapter, at most."""
+    """Slices of the adapter in the first round."""
     alpha: float
-    """LoRA alpha."""
+    """LoRA alpha of that rank: where the rank may change, alpha / rank stays."""
+    min_rank: Annotated[int, Field(ge=1)]
+    """Fewest slices in any round, and"""
+    max_rank: Annotated[int, Field(ge=1)]
+    """most of them; both are ``rank`` where it is fixed."""
     modules: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Kinds of modules that have factors, sorted: names with * for each number (`module_kinds`)."""
     num_modules: Annotated[int, Field(ge=1)]
@@ -73,10 +86,36 @@ class RunDescription(Settings):
     """Names of what comes back beside the update, in the order asked."""
     cohort: Annotated[int, Field(ge=0)]
     """Fewest updates in an average; with a secure sum the sites that it asks."""
-    secure_sum: dict[str, Any] | None
+    secure_sum: Annotated[dict[str, Any], Field(min_length=1)] | None
     """Terms of the secure sum."""
     not_after: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z$|^$")]
     """When the signature ends, in UTC; empty in what is asked."""
+
+    @field_validator("training", "secure_sum")
+    @classmethod
+    def _says_values(
+        cls, table: dict[str, Any] | None, info: ValidationInfo
+    ) -> dict[str, Any] | None:
+        # NaN would be signed as null, and null read as a setting that is not there.
+        for name, value in (table or {}).items():
+            is_finite = isinstance(value, int) or (
+                isinstance(value, float) and math.isfinite(value)
+            )
+            if not (is_finite or isinstance(value, str)):
+                raise ValueError(
+                    f"{info.field_name}.{name} is {_shown(value)}: expected a finite number, a "
+                    "text or a boolean"
+                )
+        return table
+
+    @model_validator(mode="after")
+    def _rank_is_in_its_range(self) -> Self:
+        if not self.min_rank <= self.rank <= self.max_rank:
+            raise ValueError(
+                f"rank is {self.rank}: expected min_rank {self.min_rank} to max_rank "
+                f"{self.max_rank}"
+            )
+        return self
 
     @property
     def content(self) -> str:
@@ -120,6 +159,8 @@ def sign(key: Ed25519PrivateKey, content: str) -> str:
 def is_signed_by(public_key: str, signature: str, content: str) -> bool:
     """Tell whether the owner of a key signed a description.
 
+    A key of low order has no owner: anybody can sign for it.
+
     Args:
         public_key: 64 hex digits.
         signature: 128 hex digits.
@@ -132,6 +173,8 @@ def is_signed_by(public_key: str, signature: str, content: str) -> bool:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
+    if is_of_low_order(public_key):
+        return False
     try:
         key.verify(bytes.fromhex(signature), FIRST_LINE + content.encode())
     except InvalidSignature:
@@ -153,16 +196,21 @@ def is_over(signed: RunDescription, now: datetime) -> bool:
 def difference(signed: RunDescription, asked: RunDescription) -> str:
     """Return the first field in which what is asked is not what was signed, or "".
 
-    A rank may be lower, as that of a site that trains fewer slices; a bundle that the asking side
-    cannot know (empty) is not compared; the end of the signature is `is_over`'s.
+    The rank may be any in the signed range, at the signed scale alpha / rank; a bundle that the
+    asking side cannot know (empty) is not compared; the end of the signature is `is_over`'s.
     """
-    if asked.rank > signed.rank:
-        return f"rank is {asked.rank}, signed is at most {signed.rank}"
-    leave = {"rank", "not_after"} | ({"bundle"} if not asked.bundle else set())
+    if not signed.min_rank <= asked.min_rank <= asked.max_rank <= signed.max_rank:
+        return f"rank is {_range(asked)}, signed is {_range(signed)}"
+    if not math.isclose(asked.alpha / asked.rank, signed.alpha / signed.rank, rel_tol=1e-9):
+        ours, theirs = (f"{side.alpha:.15g} at rank {side.rank}" for side in (asked, signed))
+        return f"alpha is {ours}, signed is {theirs}"
+    leave = {"rank", "min_rank", "max_rank", "alpha", "not_after"}
+    leave |= set() if asked.bundle else {"bundle"}
     said, want = (_flat(side.model_dump(mode="json", exclude=leave)) for side in (asked, signed))
     for name in [*want, *(name for name in said if name not in want)]:
         ours, theirs = (_shown(side.get(name)) for side in (said, want))
         # As they are written: True is not 1 and 1.0 is not 1, as in the canonical form.
+        # No value is null: what `get` says so of is not there.
         if canonical_json(said.get(name)) != canonical_json(want.get(name)):
             return f"{name} is {ours}, signed is {theirs}"
     return ""
@@ -174,6 +222,11 @@ def module_kinds(names: Iterable[str]) -> tuple[str, ...]:
     With their number they name the modules of a base model, without a line for each layer.
     """
     return tuple(sorted({re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name) for name in names}))
+
+
+def _range(described: RunDescription) -> str:
+    low, high = described.min_rank, described.max_rank
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from federation.run_signature import (
     module_kinds,
     parse_description,
 )
-from federation.settings import SettingsError, SignedSettings
+from federation.settings import SettingsError, SignedSettings, load_settings
 
 if TYPE_CHECKING:
     from federation.settings import FederationSettings
@@ -52,6 +52,7 @@ def describe(
 
     Raises:
         ModelError: The model is missing, or of a family whose modules are not known.
+        SettingsError: A training setting is nothing that can be signed, such as NaN.
     """
     named = TARGETS[settings.adapter.targets]
     shapes = projection_shapes(read_config(model))
@@ -59,25 +60,28 @@ def describe(
     adapter, terms = settings.adapter, None
     if settings.secure_sum.enabled:
         terms = settings.secure_terms
-    return RunDescription(
-        run=run,
-        bundle=bundle,
-        base_model=base_model,
-        num_rounds=settings.num_rounds,
-        aggregation=settings.aggregation,
-        factors="one" if settings.aggregation == "alternating" else "both",
-        rank=max(adapter.rank, adapter.max_rank) if adapter.energy else adapter.rank,
-        alpha=adapter.alpha,
-        modules=module_kinds(modules),
-        num_modules=len(modules),
-        uplink=settings.wire.uplink,
-        downlink=settings.wire.downlink,
-        training=dict(settings.training),
-        metrics=settings.asked_metrics,
-        cohort=settings.quorum if terms is None else int(terms["cohort"]),
-        secure_sum=terms,
-        not_after=not_after,
-    )
+    said = {
+        "run": run,
+        "bundle": bundle,
+        "base_model": base_model,
+        "num_rounds": settings.num_rounds,
+        "aggregation": settings.aggregation,
+        "factors": "one" if settings.aggregation == "alternating" else "both",
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "min_rank": 1 if adapter.energy else adapter.rank,
+        "max_rank": max(adapter.rank, adapter.max_rank) if adapter.energy else adapter.rank,
+        "modules": module_kinds(modules),
+        "num_modules": len(modules),
+        "uplink": settings.wire.uplink,
+        "downlink": settings.wire.downlink,
+        "training": dict(settings.training),
+        "metrics": settings.asked_metrics,
+        "cohort": settings.quorum if terms is None else int(terms["cohort"]),
+        "secure_sum": terms,
+        "not_after": not_after,
+    }
+    return load_settings(RunDescription, said, "the run's description")
 
 
 def check_signed(

@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
+_PRIME = 2**255 - 19
+_CURVE = -121665 * pow(121666, -1, _PRIME)
+"""d of the curve -x**2 + y**2 = 1 + d * x**2 * y**2 (RFC 8032, section 5.1)."""
+
+
+def is_of_low_order(public_key: str) -> bool:
+    """Tell whether anybody can sign for an Ed25519 key, since its point has order 8 or less.
+
+    Such points have y = 1, -1, 0, or the y of a point whose double has y = 0; that is where
+    d * y**4 + 2 * y**2 = 1. A verification need not notice (RFC 8032 does not ask for it).
+
+    Args:
+        public_key: 64 hex digits. The same point may be written in more than one way.
+    """
+    y = int.from_bytes(bytes.fromhex(public_key), "little") % 2**255
+    return y * (y**2 - 1) * (_CURVE * y**4 + 2 * y**2 - 1) % _PRIME == 0
+
+
 def generate_key() -> tuple[Ed25519PrivateKey, bytes]:
     """Return a new key, and what its file holds."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

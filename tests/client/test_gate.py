@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from federation.adapter import initial_adapter
 from federation.base_model import model_digest
 from federation.wire import encode
 from tests.client.policy_example import changed
+from tests.client.test_signed_runs import SIGNER
+from tests.client.test_signed_runs import signed as signed_request
 from tests.conftest import write_records
 from tests.policies import policy_tree
 
@@ -222,6 +225,35 @@ def test_a_bundle_that_the_runs_own_app_names_is_none(box: Box) -> None:
     assert "(runs.bundles): bundle not said" in reply.head["reason"]
     update_of(box.ask(HEAD, knows_bundle=False, runs__bundles=["any"]))
     assert [row.bundle for row in read_ledger(box.ledger).rows] == [""]
+
+
+def test_a_site_that_trains_fewer_slices_holds_the_message_s_rank_to_the_signed_one(
+    box: Box,
+) -> None:
+    box.site = replace(box.site, rank=2)
+    head = HEAD | {"num_rounds": 2}
+    described: dict[str, Any] = {
+        **{name: head[name] for name in ("run", "bundle", "aggregation", "uplink", "downlink")},
+        **{name: head[name] for name in ("training", "metrics", "cohort", "num_rounds")},
+        "base_model": model_digest(box.base_model),
+        "factors": "one",
+        "alpha": 8.0,
+        "modules": [f"model.layers.*.self_attn.{name}_proj" for name in "koqv"],
+        "num_modules": 8,
+        "secure_sum": None,
+        "not_after": "2026-12-24T12:00:00Z",
+    }
+
+    def ask(rank: int) -> Reply:
+        ranks = {"rank": rank, "min_rank": rank, "max_rank": rank}
+        signed = signed_request(head, SIGNER, described | ranks)
+        signers = [SIGNER.public_key().public_bytes_raw().hex()]
+        return box.ask(signed, runs={"signers": signers})
+
+    for rank in (2, 8):
+        reply = ask(rank)
+        assert f"rank is 4, signed is {rank}" in reply.head["reason"]
+    update_of(ask(4))
 
 
 def test_a_budget_that_ends_in_the_middle_of_a_run_ends_this_sites_part(box: Box) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel
 
 import client.policy
 from client.policy import Policy, QuietHours, read_policy
 from client.policy_template import policy_template
 from client.verdict import rounded
+from federation.run_signature import is_signed_by
 from federation.settings import SettingsError, load_settings
 from tests.client.policy_example import BASE, REQUEST, RUN, SPENT, changed, policy, refused_by
 
@@ -57,6 +59,37 @@ def test_any_has_to_be_written_out() -> None:
 def test_a_policy_with_a_fault_is_not_read(text: str, sentence: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(sentence)):
         loaded(text)
+
+
+LOW_ORDER = (
+    "00" * 32,
+    "01" + "00" * 31,
+    "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+    "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+    "ec" + "ff" * 30 + "7f",
+    "ed" + "ff" * 30 + "7f",
+    "ee" + "ff" * 30 + "7f",
+)
+"""The list of libsodium's ge25519_has_small_order, each of which also stands with the sign bit."""
+
+
+@pytest.mark.parametrize("key", LOW_ORDER)
+@pytest.mark.parametrize("sign", [0, 0x80])
+def test_a_key_that_anybody_can_sign_for_is_no_key_of_a_policy(key: str, sign: int) -> None:
+    content = bytes.fromhex(key)
+    key = (content[:-1] + bytes([content[-1] | sign])).hex()
+    for table in (f'[runs]\nsigners = ["{key}"]', f'[aggregation]\ncohort = ["any", "{key}"]'):
+        with pytest.raises(SettingsError, match=f"public key {key[:16]}… is of low order"):
+            loaded(table)
+    # The forgery: S = 0, and R = -hA is one of the eight points, whichever the text makes it.
+    forgeries = [point + "00" * 32 for point in LOW_ORDER]
+    assert not any(is_signed_by(key, forged, f"{n}") for n in range(50) for forged in forgeries)
+
+
+def test_no_key_that_was_drawn_is_of_low_order() -> None:
+    for _ in range(100):
+        key = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+        assert loaded(f'[runs]\nsigners = ["{key}"]').runs.signers == (key,)
 
 
 def test_the_template_loads_and_allows_nothing_until_it_names_a_base_and_a_run() -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import pytest
 from client.fingerprint import fingerprint, read_secret
 from client.gate import SiteGate
 from client.ledger import Ledger, read_ledger
-from client.policy import Policy
 from client.policy_file import SETTLED_S, PolicyFile, policy_state
 from client.reasons import REFUSED, Refused
 from client.round import site_records
@@ -32,6 +33,7 @@ class Officer:
         self.slept: list[float] = []
         self.at_sleep: list[Callable[[], None]] = []
         self.write(f'[runs]\nallowed = ["{RUN}"]\n')
+        os.utime(path, (0, 0))
         self.file = PolicyFile(path, self.say, sleep=self.sleep)
 
     def say(self, event: str, **values: Any) -> None:
@@ -125,6 +127,23 @@ def test_a_half_written_policy_is_waited_for_and_never_used(officer: Officer) ->
     assert len(officer.said) == 2
 
 
+def test_a_policy_that_is_half_written_when_a_trainer_starts_is_waited_for_too(
+    officer: Officer,
+) -> None:
+    first = f'[runs]\nallowed = ["{OTHER}"]\n'
+    whole = first + '[[quiet_hours.windows]]\nfrom = "00:00"\nto = "00:00"\n'
+    officer.write(first)
+    officer.at_sleep = [lambda: officer.write(whole)]
+    started = PolicyFile(officer.path, officer.say, sleep=officer.sleep)
+    assert officer.slept == [SETTLED_S, SETTLED_S]
+    assert len(started.current().quiet_hours.windows) == 1
+    # One that was left alone for longer than that, however short, is read at once.
+    then = time.time() - SETTLED_S
+    os.utime(officer.path, (then, then))
+    PolicyFile(officer.path, officer.say, sleep=officer.sleep)
+    assert officer.slept == [SETTLED_S, SETTLED_S]
+
+
 def test_a_policy_that_is_written_all_the_time_lets_nobody_in(officer: Officer) -> None:
     def write() -> None:
         officer.write(f"# {len(officer.slept)}\n")
@@ -142,20 +161,6 @@ def test_a_trainer_does_not_start_with_a_broken_policy(tmp_path: Path) -> None:
     path.write_text("[runs")
     with pytest.raises(SettingsError, match="is not TOML"):
         PolicyFile(path, lambda *_, **__: None)
-
-
-def test_any_prefix_of_a_policy_that_is_left_there_is_a_policy_or_lets_nobody_in(
-    officer: Officer,
-) -> None:
-    text = '[models]\nbase = ["any"]\n[runs]\nallowed = ["any"]\n[privacy]\nepsilon = 3.0\n'
-    for length in range(len(text)):
-        officer.write(text[:length])
-        try:
-            found = officer.file.current()
-        except Refused:
-            continue
-        assert isinstance(found, Policy)
-        assert found.privacy.epsilon in (0.0, 3.0)
 
 
 def toml_of(policy: dict[str, Any]) -> str:

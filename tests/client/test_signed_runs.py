@@ -1,12 +1,15 @@
 import json
+import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from client.request import parse_request
 from client.verdict import judge
+from federation.run_signature import RunDescription
 from tests.client.policy_example import (
     BASE,
     NOW,
@@ -27,6 +30,8 @@ DESCRIBED: dict[str, Any] = {
     "num_rounds": 4,
     "factors": "one",
     "rank": 16,
+    "min_rank": 16,
+    "max_rank": 16,
     "alpha": 32.0,
     "modules": ["model.layers.*.mlp.up_proj", "model.layers.*.self_attn.q_proj"],
     "num_modules": 2,
@@ -51,7 +56,7 @@ def signed(
     if isinstance(described, dict):
         text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     assert isinstance(text, str)
-    message = b"fedge run description, version 2\n" + text.encode()
+    message = b"fedge run description, version 3\n" + text.encode()
     return request | {"description": text, "signature": key.sign(message).hex()}
 
 
@@ -91,8 +96,10 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"secure_sum": None, "cohort": 5}, "secure_sum.bits is none, signed is 24"),
     ({"secure_sum": None, "cohort": 4}, "cohort is 4, signed is 5"),
     ({"adapter__base_model": OTHER}, "base_model is dddddddddddddddd…"),
-    ({"adapter__rank": 17}, "rank is 17, signed is at most 16"),
-    ({"adapter__alpha": 16.0}, "alpha is 16.0, signed is 32.0"),
+    ({"adapter__rank": 17}, "rank is 17, signed is 16"),
+    ({"adapter__rank": 1}, "rank is 1, signed is 16"),
+    ({"adapter__rank": 4, "adapter__served_rank": 8}, "rank is 8, signed is 16"),
+    ({"adapter__alpha": 16.0}, "alpha is 16 at rank 16, signed is 32 at rank 16"),
     ({"adapter__modules": ["model.layers.0.mlp.up_proj"]}, 'modules is ["model.layers.*.mlp'),
     (
         {"adapter__modules": [f"model.layers.{n}.mlp.up_proj" for n in range(2)]},
@@ -124,6 +131,8 @@ def test_every_field_of_a_description_is_held_to_what_is_asked() -> None:
     other: dict[str, Any] = {
         "num_rounds": 5,
         "rank": 15,
+        "min_rank": 17,
+        "max_rank": 15,
         "alpha": 1.0,
         "num_modules": 9,
         "modules": ["model.*"],
@@ -149,7 +158,30 @@ def test_every_field_of_a_description_is_held_to_what_is_asked() -> None:
 def test_a_run_has_to_say_its_number_of_rounds_and_a_lower_rank_of_a_site_is_no_other_run() -> None:
     request = signed(ASKED, SIGNER)
     assert "but does not say num_rounds" in reason(changed(request, num_rounds=0))
-    assert refused_by(changed(request, adapter__rank=4), SIGNED_ONLY) == ""
+    fewer = changed(request, adapter__rank=4, adapter__served_rank=16)
+    assert refused_by(fewer, SIGNED_ONLY) == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "sentence"),
+    [
+        (4, 8.0, ""),
+        (12, 24.000000000000004, ""),
+        (16, 32.0, ""),
+        (3, 6.0, "rank is 3, signed is 4 to 16"),
+        (8, 32.0, "alpha is 32 at rank 8, signed is 24 at rank 12"),
+        (4, 32.0, "alpha is 32 at rank 4, signed is 24 at rank 12"),
+    ],
+)
+def test_a_rank_that_was_signed_to_change_changes_at_the_signed_scale(
+    rank: int, alpha: float, sentence: str
+) -> None:
+    """The update is alpha / rank * B @ A: at the same alpha a lower rank is a larger step."""
+    described = DESCRIBED | {"rank": 12, "alpha": 24.0, "min_rank": 4, "max_rank": 16}
+    asked = changed(ASKED, adapter__rank=rank, adapter__alpha=alpha)
+    request = signed(asked, SIGNER, described)
+    assert refused_by(request, SIGNED_ONLY) == ("runs.allowed" if sentence else "")
+    assert not sentence or reason(request).endswith(sentence)
 
 
 def test_a_signature_ends() -> None:
@@ -178,6 +210,26 @@ def test_what_is_no_description_lets_nobody_in_whoever_signed_it(text: str) -> N
     request = signed(ASKED, SIGNER, text)
     assert refused_by(request, SIGNED_ONLY) == "runs.allowed"
     assert "no description of a run that this version can read" in reason(request)
+
+
+def test_a_null_that_was_signed_is_no_setting_that_was_left_out() -> None:
+    for table, name in (("training", "seed"), ("secure_sum", "more")):
+        described = changed(DESCRIBED, **{f"{table}__{name}": None})
+        assert "no description of a run that this version can read" in reason(
+            signed(ASKED, SIGNER, described)
+        )
+    # Nor is a table without a key the same as no table.
+    described = DESCRIBED | {"secure_sum": {}}
+    rules = SIGNED_ONLY.model_copy(update={"aggregation": policy().aggregation})
+    asked = changed(ASKED, secure_sum=None, cohort=5)
+    assert refused_by(signed(asked, SIGNER, described), rules) == "runs.allowed"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, [1.0], {"a": 1}])
+def test_what_json_cannot_say_or_a_run_cannot_mean_is_not_signed(value: object) -> None:
+    for table in ("training", "secure_sum"):
+        with pytest.raises(ValidationError, match=rf"{table}\.clip is "):
+            RunDescription.model_validate(DESCRIBED | {table: {"clip": value}})
 
 
 def test_a_site_that_cannot_know_the_bundle_asks_its_policy_for_any() -> None:

@@ -1,6 +1,7 @@
 """A run is signed by the command, started by its file, and judged by a site, in this process."""
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -103,6 +104,7 @@ class Coordinator:
 
     def sign(self, config: dict[str, Any], name: str = "run.toml", *more: object) -> int:
         given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        given = given.replace("=NaN", "=nan").replace("=Infinity", "=inf")  # as TOML says them
         key, out = self.directory / "coordinator", self.directory / name
         return self.command("sign", self.app, "--key", key, "--out", out, "-c", given, *more)
 
@@ -192,7 +194,7 @@ def test_a_run_that_was_signed_is_let_in_by_a_site_that_was_told_the_key_alone(
     judged = verdict(request, policy_for(public, digest))
     assert (judged.rule, judged.is_allowed) == ("allowed", True), judged.reason
     # The signature is one that anybody can check who knows the format.
-    text = b"fedge run description, version 2\n" + request.description.encode()
+    text = b"fedge run description, version 3\n" + request.description.encode()
     Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
         bytes.fromhex(request.signature), text
     )
@@ -234,7 +236,7 @@ def test_what_a_site_is_asked_is_what_was_signed_whatever_the_kind_of_run(
         ({"num_rounds": 3}, "num_rounds is 3, signed is 2"),
         ({"training.num_steps": 3}, "training.num_steps is 3, signed is 2"),
         ({"training.noise_multiplier": 0.5}, "training.noise_multiplier is 0.5, signed is 2.0"),
-        ({"adapter.rank": 8}, "rank is 8, signed is at most 4"),
+        ({"adapter.rank": 8}, "rank is 8, signed is 4"),
         ({"adapter.targets": "attention"}, "modules is"),
         ({"metrics": "seconds"}, 'metrics is ["seconds"], signed is []'),
         ({"quorum": 2}, "cohort is 2, signed is 3"),
@@ -282,15 +284,20 @@ def test_a_run_that_goes_on_later_is_signed_anew_under_its_own_id(
     resumed = {"resume": str(coordinator.directory / "run")}
     (coordinator.directory / "run.toml").unlink()
     assert coordinator.sign(resumed, "run.toml", "--days", 3) == 0
+    # One that the check before the run refuses is not kept.
+    described = coordinator.directory / "run" / "run.json"
+    before = described.read_bytes()
+    assert coordinator.start(bundle="d" * 64).asked == []
+    assert described.read_bytes() == before
     second = coordinator.start().request(bundle_digest(coordinator.app), tmp_path)
     assert second.run == first.run
     assert second.description != first.description
     assert second.settings_digest == first.settings_digest
     assert verdict(second, policy_for(public, digest)).is_allowed
-    # What was signed first is what an unsigned resumption goes on with.
+    # What was signed last is what an unsigned resumption goes on with.
     (coordinator.directory / "run.toml").write_text(f"resume = {json.dumps(resumed['resume'])}\n")
     third = coordinator.start().request(bundle_digest(coordinator.app), tmp_path)
-    assert third.description == first.description
+    assert third.description == second.description
 
 
 def test_whoever_holds_a_run_s_file_can_see_who_signed_what(
@@ -332,6 +339,8 @@ def test_a_signature_holds_for_the_days_that_were_asked(
         ({"num_round": 3}, (), "num_round"),
         ({"num_rounds": 0}, (), "'num_rounds' is 0"),
         ({"base_model": "/nowhere"}, (), "/nowhere does not exist"),
+        ({"training.learning_rate": math.nan}, (), "training.learning_rate is NaN: expected a fin"),
+        ({"training.proximal_mu": math.inf}, (), "training.proximal_mu is Infinity: expected"),
     ],
     ids=str,
 )
