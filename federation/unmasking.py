@@ -24,7 +24,7 @@ from functools import partial
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federation.masking import Mask
-from federation.secure_keys import commitment_of, own_mask, pair_mask, public_key
+from federation.secure_keys import canonical_key, commitment_of, own_mask, pair_mask, public_key
 from federation.secure_messages import Roster
 from federation.shamir import MAX_TRIES, reconstruct
 
@@ -130,5 +130,7 @@ def _is_seed(roster: Roster, member: int, secret: bytes) -> bool:
 
 
 def _is_mask_key(roster: Roster, member: int, secret: bytes) -> bool:
-    key = public_key(X25519PrivateKey.from_private_bytes(secret))
-    return key == roster.advertisements[member].mask_key
+    private = X25519PrivateKey.from_private_bytes(secret)
+    # Of the 32 strings with this public key one was shared; the others are made from wrong shares.
+    is_canonical = secret == canonical_key(private)
+    return is_canonical and public_key(private) == roster.advertisements[member].mask_key

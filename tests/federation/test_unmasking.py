@@ -1,6 +1,6 @@
 """Shares that do not fit: what is put right, who is named, and who is not."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import pytest
@@ -19,7 +19,7 @@ from federation.secure_messages import (
     roster_context,
     write,
 )
-from federation.shamir import SHARE_BYTES
+from federation.shamir import PRIME, SHARE_BYTES
 from tests.secure_cohort import Cohort
 
 
@@ -36,6 +36,27 @@ def changed_shares(raw: bytes, places: Collection[int]) -> bytes:
 def lie(raw: bytes) -> bytes:
     """Change every share that is revealed."""
     return changed_shares(raw, range(64))
+
+
+def shifted(raw: bytes, shifts: Mapping[int, int]) -> bytes:
+    """Add to the shares of these dealers among those that a site reveals."""
+    revealed, shares = read(Revealed, raw), {}
+    for place, shift in shifts.items():
+        value = (int(revealed.shares[place], 16) + shift) % PRIME
+        shares[place] = value.to_bytes(SHARE_BYTES, "big").hex()
+    changed = tuple(shares.get(place, s) for place, s in enumerate(revealed.shares))
+    return write(revealed.model_copy(update={"shares": changed}))
+
+
+def weight_at_zero(cohort: Cohort, name: str, gone: Collection[str] = ()) -> int:
+    """Return what a site's share counts in the secret of the first survivors, by Lagrange."""
+    places = cohort.places()
+    alive = sorted(place for site, place in places.items() if site not in gone)
+    weight, mine = 1, places[name] + 1
+    for other in (place + 1 for place in alive[: cohort.terms.threshold]):
+        if other != mine:
+            weight = weight * other * pow(other - mine, -1, PRIME) % PRIME
+    return weight
 
 
 def deal_badly(cohort: Cohort, name: str, holders: Collection[str]) -> Callable[[bytes], bytes]:
@@ -108,6 +129,44 @@ def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
     assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
     assert set(cohort.server.misfits) == {("s1", "s0"), ("s0", "s1"), ("s0", "s2")}
     assert cohort.server.doubted == {"s0"}
+
+
+@pytest.mark.parametrize(
+    ("size", "threshold", "gone"),
+    [(7, 5, ["s4"]), (8, 5, ["s4"]), (16, 11, ["s4"]), (16, 11, ["s4", "s7"])],
+)
+def test_a_string_with_the_same_public_key_is_not_the_key_that_was_shared(
+    size: int, threshold: int, gone: list[str]
+) -> None:
+    """One liar moves the keys of those that dropped out by a bit that X25519 ignores."""
+    cohort = Cohort(size, threshold)
+    places = cohort.places()
+    alive = sorted(cohort.sites.keys() - set(gone), key=places.get)
+    liar = alive[0]
+    shift = 128 * pow(weight_at_zero(cohort, liar, gone), -1, PRIME)
+    shifts = {places[site]: shift for site in gone}
+    total = cohort.sum(
+        dict.fromkeys(gone, Stage.MASK),
+        spoil={(liar, Stage.REVEAL): lambda raw: shifted(raw, shifts)},
+    )
+    assert total == cohort.plain_sum(alive)
+    assert set(cohort.server.misfits) == {(liar, site) for site in gone}
+    assert cohort.server.doubted <= {liar}
+
+
+def test_a_key_whose_unused_bits_are_set_is_shared_without_them() -> None:
+    """A library may draw all of its bits at random; the one here clears them."""
+    cohort = Cohort(5, 3)
+    cohort.run_stage()
+    cohort.server.close()
+    site = cohort.sites["s1"]
+    raw = bytes.fromhex(site.held.secrets.mask_key)
+    key = (bytes([raw[0] | 7]) + raw[1:31] + bytes([raw[31] ^ 192])).hex()
+    secrets = site.held.secrets.model_copy(update={"mask_key": key})
+    site.held = site.held.model_copy(update={"secrets": secrets})
+    total = cohort.sum({"s1": Stage.MASK})
+    assert total == cohort.plain_sum(["s0", "s2", "s3", "s4"])
+    assert cohort.server.doubted == set()
 
 
 def test_liars_found_by_one_secret_are_left_out_for_the_others() -> None:
