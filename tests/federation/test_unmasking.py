@@ -154,6 +154,22 @@ def test_a_string_with_the_same_public_key_is_not_the_key_that_was_shared(
     assert cohort.server.doubted <= {liar}
 
 
+@pytest.mark.parametrize(("size", "threshold"), [(9, 5), (9, 6), (16, 11)])
+def test_two_liars_whose_changes_cancel_name_nobody_else(size: int, threshold: int) -> None:
+    """The shares of the first holders give every seed; the honest ones beyond do not fit."""
+    cohort = Cohort(size, threshold)
+    places = cohort.places()
+    liars = sorted(cohort.sites, key=places.get)[:2]
+    spoil = {}
+    for liar, sign in zip(liars, (1, -1), strict=True):
+        shift = sign * 777 * pow(weight_at_zero(cohort, liar), -1, PRIME)
+        shifts = dict.fromkeys(range(size), shift)
+        spoil[liar, Stage.REVEAL] = partial(shifted, shifts=shifts)
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert {holder for holder, _ in cohort.server.misfits} == set(liars)
+    assert cohort.server.doubted == set(liars)
+
+
 def test_a_key_whose_unused_bits_are_set_is_shared_without_them() -> None:
     """A library may draw all of its bits at random; the one here clears them."""
     cohort = Cohort(5, 3)
