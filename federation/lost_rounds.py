@@ -80,12 +80,12 @@ def stop_if_lost(lost: Sequence[LostRound], directory: RunDirectory) -> None:
     Raises:
         RoundError: Too many in a row were lost, and that was not said yet, or the run is over.
     """
-    row, num_rounds = lost_in_a_row(lost, directory.last_round), directory.settings.num_rounds
-    is_over = directory.last_round == num_rounds
+    last_round, num_rounds = directory.last_round, directory.settings.num_rounds
+    row, is_over = lost_in_a_row(lost, last_round), last_round == num_rounds
     memory = SecureMemory(directory.path / "secure")
-    if len(row) < min(MAX_IN_A_ROW, num_rounds) or (memory.is_stopped and not is_over):
+    if len(row) < min(MAX_IN_A_ROW, num_rounds) or (memory.is_stopped(last_round) and not is_over):
         return
-    memory.note_stopped()
+    memory.note_stopped(last_round)
     raise RoundError(_reason_to_stop(row, is_over=is_over))
 
 

@@ -17,8 +17,8 @@ from federation import rounds
 from federation.adapter import read_adapter
 from federation.events import RoundFinished, RoundStarted, SiteFailed, SumLost, SumOpened
 from federation.exchange import RoundError
-from federation.lost_rounds import LostRound, lost_in_a_row
-from federation.run_directory import ResumeError
+from federation.lost_rounds import LostRound, lost_in_a_row, stop_if_lost
+from federation.run_directory import ResumeError, RunDirectory
 from federation.secure_messages import SealedShares, Stage, read, write
 from federation.settings import FederationSettings
 from federation.sites import Request
@@ -126,6 +126,27 @@ def test_a_server_that_is_killed_before_it_stops_does_not_forget_the_lost_rounds
     with pytest.raises(RoundError, match="rounds 1 to 2: no secure sum came out"):
         run(sites, settings(resume=four.out))
     assert sites.asked == asked
+
+
+def test_a_stop_does_not_outlive_its_round_where_a_commit_was_killed(
+    settings: Make, tmp_path: Path
+) -> None:
+    """What was said after round 2 is removed after round 3 has its name: a kill comes between."""
+    made = settings(num_rounds=9)
+    with RunDirectory.start(made) as directory:
+        lost = [LostRound(1, "x", ("a",)), LostRound(2, "x", ("a",))]
+        directory.last_round = 2
+        with pytest.raises(RoundError, match="rounds 1 to 2"):
+            stop_if_lost(lost, directory)
+        stop_if_lost(lost, directory)  # resumed: one more is tried
+        lost.append(LostRound(3, "x", ("a",)))
+        directory.last_round = 3
+        with pytest.raises(RoundError, match="rounds 1 to 3"):
+            stop_if_lost(lost, directory)
+        # Whoever finds the empty file of an older version is told once more.
+        (tmp_path / "run" / "secure" / "stopped").write_text("")
+        with pytest.raises(RoundError, match="rounds 1 to 3"):
+            stop_if_lost(lost, directory)
 
 
 def test_a_run_that_would_end_with_a_lost_sum_alone_fails(
