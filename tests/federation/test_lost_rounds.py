@@ -279,7 +279,7 @@ def test_of_one_pair_that_does_not_fit_both_are_said_and_neither_is_asked_later(
         run(sites, made)
     by_round: dict[int, set[str]] = {}
     for event in events(made, SiteFailed):
-        assert event.reason.endswith("do not fit: one of them lied")
+        assert event.reason.endswith("do not fit: one of them lied, or others together")
         by_round.setdefault(event.server_round, set()).add(event.site)
     rounds_of_a = {number + 1 for number, asked in enumerate(asked_of(made)) if "a" in asked}
     assert by_round.keys() == rounds_of_a
@@ -331,6 +331,15 @@ def test_a_damaged_lineage_does_not_hide_a_lost_round(settings: Make, sites: Sec
     (Path(made.out) / "round-0001" / "lineage.json").write_text("{")
     with pytest.raises(ResumeError, match=r"round-0001/lineage\.json is damaged"):
         run(sites, settings(resume=made.out))
+
+
+def test_a_stop_says_of_a_named_site_what_is_known_of_it(settings: Make) -> None:
+    with RunDirectory.start(settings()) as directory:
+        directory.last_round = 1
+        lost = [LostRound(1, "x", ("a", "b", "c"), named=("b",))]
+        with pytest.raises(RoundError) as seen:
+            stop_if_lost(lost, directory)
+    assert "were site a, b, c; at odds with most of the others: site b. Every" in str(seen.value)
 
 
 def test_lost_rounds_in_a_row_end_with_the_last_one_that_is_over() -> None:

@@ -1,6 +1,6 @@
 """Shares that do not fit: what is put right, who is named, and who is not."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -57,6 +57,18 @@ def weight_at_zero(cohort: Cohort, name: str, gone: Collection[str] = ()) -> int
         if other != mine:
             weight = weight * other * pow(other - mine, -1, PRIME) % PRIME
     return weight
+
+
+def cancelling(
+    cohort: Cohort, liars: Sequence[str]
+) -> dict[tuple[str, Stage], Callable[[bytes], bytes]]:
+    """Let two of the first holders shift all their shares by what cancels in the secrets."""
+    spoil = {}
+    for liar, sign in zip(liars, (1, -1), strict=True):
+        shift = sign * 777 * pow(weight_at_zero(cohort, liar), -1, PRIME)
+        shifts = dict.fromkeys(range(len(cohort.sites)), shift)
+        spoil[liar, Stage.REVEAL] = partial(shifted, shifts=shifts)
+    return spoil
 
 
 def deal_badly(cohort: Cohort, name: str, holders: Collection[str]) -> Callable[[bytes], bytes]:
@@ -160,14 +172,26 @@ def test_two_liars_whose_changes_cancel_name_nobody_else(size: int, threshold: i
     cohort = Cohort(size, threshold)
     places = cohort.places()
     liars = sorted(cohort.sites, key=places.get)[:2]
-    spoil = {}
-    for liar, sign in zip(liars, (1, -1), strict=True):
-        shift = sign * 777 * pow(weight_at_zero(cohort, liar), -1, PRIME)
-        shifts = dict.fromkeys(range(size), shift)
-        spoil[liar, Stage.REVEAL] = partial(shifted, shifts=shifts)
-    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert cohort.sum(spoil=cancelling(cohort, liars)) == cohort.plain_sum(cohort.sites)
     assert {holder for holder, _ in cohort.server.misfits} == set(liars)
     assert cohort.server.doubted == set(liars)
+
+
+def test_two_liars_that_agree_can_have_a_third_named() -> None:
+    """Nobody can tell: one liar that showed two wrong shares would look the same."""
+    cohort = Cohort(9, 5)
+    spoil = {(name, Stage.SHARE): deal_badly(cohort, name, ["s2"]) for name in ("s0", "s1")}
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert cohort.server.doubted == {"s2"}
+
+
+def test_where_two_wrong_shares_are_not_borne_two_liars_can_make_a_third_look_wrong() -> None:
+    """With one share to spare it is one honest site against two that agree."""
+    cohort = Cohort(5, 4)
+    places = cohort.places()
+    *liars, last = (sorted(cohort.sites, key=places.get)[n] for n in (0, 1, 4))
+    assert cohort.sum(spoil=cancelling(cohort, liars)) == cohort.plain_sum(cohort.sites)
+    assert cohort.server.doubted == {last}
 
 
 def test_a_key_whose_unused_bits_are_set_is_shared_without_them() -> None:
