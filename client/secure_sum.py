@@ -28,6 +28,7 @@ from pydantic import Field
 from federation import shamir
 from federation.masking import Mask, pack, quantize, ring_dtype
 from federation.secure_keys import (
+    canonical_key,
     commitment_of,
     is_signed,
     own_mask,
@@ -170,7 +171,7 @@ def share(held: Held, request: bytes, member: Membership) -> Held:
     own, context, place = _secrets(held), roster_context(roster), _place(roster, member)
     threshold, private = held.terms.threshold, _private(own.seal_key)
     shares = zip(
-        shamir.split(bytes.fromhex(own.mask_key), threshold, len(members)),
+        shamir.split(canonical_key(_private(own.mask_key)), threshold, len(members)),
         shamir.split(bytes.fromhex(own.seed), threshold, len(members)),
         strict=True,
     )

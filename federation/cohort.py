@@ -39,7 +39,7 @@ class Candidates:
         self._failed.add(site)
 
     def doubt(self, sites: Collection[str]) -> None:
-        """Ask sites last from now on: they lied, as far as it can be told."""
+        """Ask sites last from now on: they are at odds with most of the others."""
         self._doubted |= set(sites)
 
     def drawn(self, connected: Collection[str], count: int, seed: str) -> list[str]:

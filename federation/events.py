@@ -133,7 +133,7 @@ class SumLost:
     suspects: list[str] = field(default_factory=list)
     """Sites of which one or more are to blame."""
     named: list[str] = field(default_factory=list)
-    """Sites that lied, as far as it can be told."""
+    """Sites at odds with most of the others: if one site alone lied, it is that one."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class LostRound:
     suspects: tuple[str, ...]
     """Sites of which one or more are to blame, sorted."""
     named: tuple[str, ...] = ()
-    """Sites that lied, as far as it can be told, sorted."""
+    """Sites at odds with most of the others, sorted (federation.unmasking)."""
     terms: Mapping[str, object] | None = None
     """Of the sum, in words."""
 
@@ -80,12 +80,12 @@ def stop_if_lost(lost: Sequence[LostRound], directory: RunDirectory) -> None:
     Raises:
         RoundError: Too many in a row were lost, and that was not said yet, or the run is over.
     """
-    row, num_rounds = lost_in_a_row(lost, directory.last_round), directory.settings.num_rounds
-    is_over = directory.last_round == num_rounds
+    last_round, num_rounds = directory.last_round, directory.settings.num_rounds
+    row, is_over = lost_in_a_row(lost, last_round), last_round == num_rounds
     memory = SecureMemory(directory.path / "secure")
-    if len(row) < min(MAX_IN_A_ROW, num_rounds) or (memory.is_stopped and not is_over):
+    if len(row) < min(MAX_IN_A_ROW, num_rounds) or (memory.is_stopped(last_round) and not is_over):
         return
-    memory.note_stopped()
+    memory.note_stopped(last_round)
     raise RoundError(_reason_to_stop(row, is_over=is_over))
 
 
@@ -106,10 +106,11 @@ def _reason_to_stop(row: Sequence[LostRound], *, is_over: bool) -> str:
     named = sorted({site for each in row for site in each.named})
     in_all = f"in each of them were site {', '.join(sorted(always))}" if always else ""
     who = in_all or "no site was in each of them"
-    lied = f"; found to have lied: site {', '.join(named)}" if named else ""
+    # Not more than that: two that lie together can bring it about for a third.
+    at_odds = f"; at odds with most of the others: site {', '.join(named)}" if named else ""
     go_on = "begin a new run" if is_over else "resume the run"
     return (
-        f"{rounds}: no secure sum came out ({row[-1].reason}); {who}{lied}. Every site that "
+        f"{rounds}: no secure sum came out ({row[-1].reason}); {who}{at_odds}. Every site that "
         "trained for it has charged that to its data, for nothing, so the run stops with the "
         f"adapter as it was before. Unregister the sites that you doubt and {go_on}, or begin one "
         "without secure_sum.enabled: a robust aggregation can look at each update"

@@ -101,6 +101,18 @@ def public_key(private: X25519PrivateKey) -> str:
     return private.public_key().public_bytes_raw().hex()
 
 
+def canonical_key(private: X25519PrivateKey) -> bytes:
+    """Return a private key's 32 bytes in the one form that the exchange computes with.
+
+    X25519 does not look at five of its 256 bits (RFC 7748, 5), so 32 strings have the same public
+    key: what a public key is a commitment to is this one of them.
+    """
+    raw = bytearray(private.private_bytes_raw())
+    raw[0] &= 248
+    raw[31] = raw[31] & 127 | 64
+    return bytes(raw)
+
+
 def is_usable(key: str) -> bool:
     """Return whether a public X25519 key agrees on secrets: one of low order always gives 0."""
     try:

@@ -4,7 +4,8 @@
         opening.json     all that was said before the last stage of a round, and of whom
         opening.sum      the masked sum
         tried            that the last stage was tried in vain before
-        stopped          that the run ended because too many sums were lost: it may be resumed
+        stopped          the last round when the run ended because too many sums were lost: it may
+                         be resumed
 
 `opening.json` comes last: without it there is no opening. All of it is removed with the commit of a
 round.
@@ -81,14 +82,17 @@ class SecureMemory:
         """Whether it was."""
         return (self._directory / "tried").is_file()
 
-    def note_stopped(self) -> None:
-        """Note that whoever leads the run was told of the lost sums up to now."""
-        write_atomically(self._directory / "stopped", "")
+    def note_stopped(self, last_round: int) -> None:
+        """Note that whoever leads the run was told of the lost sums up to this round."""
+        write_atomically(self._directory / "stopped", str(last_round))
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether they were, since the last round was over."""
-        return (self._directory / "stopped").is_file()
+    def is_stopped(self, last_round: int) -> bool:
+        """Whether they were.
+
+        The round is compared: a kill in the middle of a commit leaves the file of the one before.
+        """
+        path = self._directory / "stopped"
+        return path.is_file() and path.read_bytes() == str(last_round).encode()
 
     def opening(self, server_round: int, subject: str) -> tuple[SecureSum, dict[str, Part]] | None:
         """Return the sum that a killed server had begun to open in this round, or None.

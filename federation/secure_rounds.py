@@ -333,7 +333,7 @@ class SecureExchange:
         return lost or secure.result
 
     def _name_liars(self, attempt: _Attempt) -> None:
-        """Say whose shares did not fit, and ask those last that lied.
+        """Say whose shares did not fit, and ask those last that are at odds with most.
 
         Where that cannot be told, both are said and neither is asked later: else a site could put
         another behind itself.
@@ -351,7 +351,7 @@ class SecureExchange:
             if site in secure.doubted:
                 self._fail(attempt, site, Stage.REVEAL, f"{reason}: it is asked last from now on")
             else:
-                said = f"stage {Stage.REVEAL}: {reason}: one of them lied"
+                said = f"stage {Stage.REVEAL}: {reason}: one of them lied, or others together"
                 self._log.write(events.SiteFailed(server_round, site, said))
         self._candidates.doubt(secure.doubted)
 

@@ -99,7 +99,7 @@ class SecureSum:
         self.misfits: tuple[tuple[str, str], ...] = ()
         """After the last stage: who showed a share that is not of whose secret."""
         self.doubted: frozenset[str] = frozenset()
-        """After the last stage: who lied, if a single site did (federation.unmasking)."""
+        """After the last stage: who is at odds with most of the others (federation.unmasking)."""
         self.suspects: frozenset[str] = frozenset()
         """After a last stage that opened no sum: the sites of which one or more are to blame."""
         self._session = session_of(terms)

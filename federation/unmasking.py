@@ -8,10 +8,11 @@ what its member committed to, or it is none; wrong shares among those that were 
 **Who lied is not always to be told.** A share that does not fit may be the fault of who showed it
 or of who dealt it, and no third one can look into the seal. So the pair of the two is noted. Where
 e members lie, an honest one is at odds with at most e: who is at odds with more is doubted, for the
-fewest liars that there may be. One liar alone so never brings another member into doubt. A secret
-that no shares give is its dealer's fault where shares can be spared and most of the secrets are
-there; where just as many shares came as are needed, any holder of one could have done it, and
-nobody is doubted.
+fewest liars that there may be. One liar alone so never brings another member into doubt. Two that
+agree can: both deal a third wrong shares, or both change theirs (federation.shamir). So a doubt
+costs a site its turn and nothing else. A secret that no shares give is its dealer's fault where
+shares can be spared and most of the secrets are there; where just as many shares came as are
+needed, any holder of one could have done it, and nobody is doubted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from functools import partial
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federation.masking import Mask
-from federation.secure_keys import commitment_of, own_mask, pair_mask, public_key
+from federation.secure_keys import canonical_key, commitment_of, own_mask, pair_mask, public_key
 from federation.secure_messages import Roster
 from federation.shamir import MAX_TRIES, reconstruct
 
@@ -47,7 +48,10 @@ class Secrets:
 
     @property
     def doubted(self) -> frozenset[int]:
-        """Who lied, if a single member did and it can be told; of more liars perhaps some."""
+        """Who is at odds with most: the liar, if there is one and it can be told.
+
+        Of more liars perhaps some, and if they agree perhaps another in their stead.
+        """
         # A set: one liar can fall out with the same member as its holder and as its dealer.
         pairs = {frozenset(pair) for pair in self.misfits}
         at_odds = Counter(member for pair in pairs for member in pair)
@@ -130,5 +134,7 @@ def _is_seed(roster: Roster, member: int, secret: bytes) -> bool:
 
 
 def _is_mask_key(roster: Roster, member: int, secret: bytes) -> bool:
-    key = public_key(X25519PrivateKey.from_private_bytes(secret))
-    return key == roster.advertisements[member].mask_key
+    private = X25519PrivateKey.from_private_bytes(secret)
+    # Of the 32 strings with this public key one was shared; the others are made from wrong shares.
+    is_canonical = secret == canonical_key(private)
+    return is_canonical and public_key(private) == roster.advertisements[member].mask_key

@@ -17,8 +17,8 @@ from federation import rounds
 from federation.adapter import read_adapter
 from federation.events import RoundFinished, RoundStarted, SiteFailed, SumLost, SumOpened
 from federation.exchange import RoundError
-from federation.lost_rounds import LostRound, lost_in_a_row
-from federation.run_directory import ResumeError
+from federation.lost_rounds import LostRound, lost_in_a_row, stop_if_lost
+from federation.run_directory import ResumeError, RunDirectory
 from federation.secure_messages import SealedShares, Stage, read, write
 from federation.settings import FederationSettings
 from federation.sites import Request
@@ -126,6 +126,27 @@ def test_a_server_that_is_killed_before_it_stops_does_not_forget_the_lost_rounds
     with pytest.raises(RoundError, match="rounds 1 to 2: no secure sum came out"):
         run(sites, settings(resume=four.out))
     assert sites.asked == asked
+
+
+def test_a_stop_does_not_outlive_its_round_where_a_commit_was_killed(
+    settings: Make, tmp_path: Path
+) -> None:
+    """What was said after round 2 is removed after round 3 has its name: a kill comes between."""
+    made = settings(num_rounds=9)
+    with RunDirectory.start(made) as directory:
+        lost = [LostRound(1, "x", ("a",)), LostRound(2, "x", ("a",))]
+        directory.last_round = 2
+        with pytest.raises(RoundError, match="rounds 1 to 2"):
+            stop_if_lost(lost, directory)
+        stop_if_lost(lost, directory)  # resumed: one more is tried
+        lost.append(LostRound(3, "x", ("a",)))
+        directory.last_round = 3
+        with pytest.raises(RoundError, match="rounds 1 to 3"):
+            stop_if_lost(lost, directory)
+        # Whoever finds the empty file of an older version is told once more.
+        (tmp_path / "run" / "secure" / "stopped").write_text("")
+        with pytest.raises(RoundError, match="rounds 1 to 3"):
+            stop_if_lost(lost, directory)
 
 
 def test_a_run_that_would_end_with_a_lost_sum_alone_fails(
@@ -236,9 +257,8 @@ def test_one_liar_among_the_holders_is_outvoted_named_and_asked_last(
         run(sites, three)
     assert len(events(three, SumOpened)) == 3
     failed = [event for event in events(three, SiteFailed) if event.site == "a"]
-    assert [
-        event.reason.startswith("stage reveal: shares between it and site ") for event in failed
-    ]
+    assert failed
+    assert all(e.reason.startswith("stage reveal: shares between it and site ") for e in failed)
     found = next(n for n, asked in enumerate(asked_of(three)) if "a" in asked)
     assert all("a" not in asked for asked in asked_of(three)[found + 1 :])
 
@@ -259,7 +279,7 @@ def test_of_one_pair_that_does_not_fit_both_are_said_and_neither_is_asked_later(
         run(sites, made)
     by_round: dict[int, set[str]] = {}
     for event in events(made, SiteFailed):
-        assert event.reason.endswith("do not fit: one of them lied")
+        assert event.reason.endswith("do not fit: one of them lied, or others together")
         by_round.setdefault(event.server_round, set()).add(event.site)
     rounds_of_a = {number + 1 for number, asked in enumerate(asked_of(made)) if "a" in asked}
     assert by_round.keys() == rounds_of_a
@@ -311,6 +331,15 @@ def test_a_damaged_lineage_does_not_hide_a_lost_round(settings: Make, sites: Sec
     (Path(made.out) / "round-0001" / "lineage.json").write_text("{")
     with pytest.raises(ResumeError, match=r"round-0001/lineage\.json is damaged"):
         run(sites, settings(resume=made.out))
+
+
+def test_a_stop_says_of_a_named_site_what_is_known_of_it(settings: Make) -> None:
+    with RunDirectory.start(settings()) as directory:
+        directory.last_round = 1
+        lost = [LostRound(1, "x", ("a", "b", "c"), named=("b",))]
+        with pytest.raises(RoundError) as seen:
+            stop_if_lost(lost, directory)
+    assert "were site a, b, c; at odds with most of the others: site b. Every" in str(seen.value)
 
 
 def test_lost_rounds_in_a_row_end_with_the_last_one_that_is_over() -> None:

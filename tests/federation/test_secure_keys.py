@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from federation.masking import Mask
 from federation.secure_keys import (
+    canonical_key,
     commitment_of,
     own_mask,
     pair_mask,
@@ -35,6 +36,21 @@ def test_shares_are_opened_only_where_they_were_sealed_for(
 def test_the_same_shares_are_never_sealed_to_the_same_bytes() -> None:
     sealed = {seal(ANNA, public_key(BERT), CONTEXT, 0, 1, PLAIN) for _ in range(3)}
     assert len(sealed) == 3
+
+
+def test_of_all_private_keys_with_one_public_key_one_is_canonical() -> None:
+    raw = X25519PrivateKey.generate().private_bytes_raw()
+    alike = [
+        X25519PrivateKey.from_private_bytes(
+            bytes([raw[0] & 248 | low]) + raw[1:31] + bytes([raw[31] & 63 | high << 6])
+        )
+        for low in range(8)
+        for high in range(4)
+    ]
+    assert len({key.private_bytes_raw() for key in alike}) == 32
+    assert {public_key(key) for key in alike} == {public_key(alike[0])}
+    (canonical,) = {canonical_key(key) for key in alike}
+    assert public_key(X25519PrivateKey.from_private_bytes(canonical)) == public_key(alike[0])
 
 
 def stream(mask: Mask) -> bytes:

@@ -1,6 +1,6 @@
 """Shares that do not fit: what is put right, who is named, and who is not."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -19,7 +19,7 @@ from federation.secure_messages import (
     roster_context,
     write,
 )
-from federation.shamir import SHARE_BYTES
+from federation.shamir import PRIME, SHARE_BYTES
 from tests.secure_cohort import Cohort
 
 
@@ -36,6 +36,39 @@ def changed_shares(raw: bytes, places: Collection[int]) -> bytes:
 def lie(raw: bytes) -> bytes:
     """Change every share that is revealed."""
     return changed_shares(raw, range(64))
+
+
+def shifted(raw: bytes, shifts: Mapping[int, int]) -> bytes:
+    """Add to the shares of these dealers among those that a site reveals."""
+    revealed, shares = read(Revealed, raw), {}
+    for place, shift in shifts.items():
+        value = (int(revealed.shares[place], 16) + shift) % PRIME
+        shares[place] = value.to_bytes(SHARE_BYTES, "big").hex()
+    changed = tuple(shares.get(place, s) for place, s in enumerate(revealed.shares))
+    return write(revealed.model_copy(update={"shares": changed}))
+
+
+def weight_at_zero(cohort: Cohort, name: str, gone: Collection[str] = ()) -> int:
+    """Return what a site's share counts in the secret of the first survivors, by Lagrange."""
+    places = cohort.places()
+    alive = sorted(place for site, place in places.items() if site not in gone)
+    weight, mine = 1, places[name] + 1
+    for other in (place + 1 for place in alive[: cohort.terms.threshold]):
+        if other != mine:
+            weight = weight * other * pow(other - mine, -1, PRIME) % PRIME
+    return weight
+
+
+def cancelling(
+    cohort: Cohort, liars: Sequence[str]
+) -> dict[tuple[str, Stage], Callable[[bytes], bytes]]:
+    """Let two of the first holders shift all their shares by what cancels in the secrets."""
+    spoil = {}
+    for liar, sign in zip(liars, (1, -1), strict=True):
+        shift = sign * 777 * pow(weight_at_zero(cohort, liar), -1, PRIME)
+        shifts = dict.fromkeys(range(len(cohort.sites)), shift)
+        spoil[liar, Stage.REVEAL] = partial(shifted, shifts=shifts)
+    return spoil
 
 
 def deal_badly(cohort: Cohort, name: str, holders: Collection[str]) -> Callable[[bytes], bytes]:
@@ -108,6 +141,72 @@ def test_one_liar_cannot_bring_another_site_into_doubt() -> None:
     assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
     assert set(cohort.server.misfits) == {("s1", "s0"), ("s0", "s1"), ("s0", "s2")}
     assert cohort.server.doubted == {"s0"}
+
+
+@pytest.mark.parametrize(
+    ("size", "threshold", "gone"),
+    [(7, 5, ["s4"]), (8, 5, ["s4"]), (16, 11, ["s4"]), (16, 11, ["s4", "s7"])],
+)
+def test_a_string_with_the_same_public_key_is_not_the_key_that_was_shared(
+    size: int, threshold: int, gone: list[str]
+) -> None:
+    """One liar moves the keys of those that dropped out by a bit that X25519 ignores."""
+    cohort = Cohort(size, threshold)
+    places = cohort.places()
+    alive = sorted(cohort.sites.keys() - set(gone), key=places.get)
+    liar = alive[0]
+    shift = 128 * pow(weight_at_zero(cohort, liar, gone), -1, PRIME)
+    shifts = {places[site]: shift for site in gone}
+    total = cohort.sum(
+        dict.fromkeys(gone, Stage.MASK),
+        spoil={(liar, Stage.REVEAL): lambda raw: shifted(raw, shifts)},
+    )
+    assert total == cohort.plain_sum(alive)
+    assert set(cohort.server.misfits) == {(liar, site) for site in gone}
+    assert cohort.server.doubted <= {liar}
+
+
+@pytest.mark.parametrize(("size", "threshold"), [(9, 5), (9, 6), (16, 11)])
+def test_two_liars_whose_changes_cancel_name_nobody_else(size: int, threshold: int) -> None:
+    """The shares of the first holders give every seed; the honest ones beyond do not fit."""
+    cohort = Cohort(size, threshold)
+    places = cohort.places()
+    liars = sorted(cohort.sites, key=places.get)[:2]
+    assert cohort.sum(spoil=cancelling(cohort, liars)) == cohort.plain_sum(cohort.sites)
+    assert {holder for holder, _ in cohort.server.misfits} == set(liars)
+    assert cohort.server.doubted == set(liars)
+
+
+def test_two_liars_that_agree_can_have_a_third_named() -> None:
+    """Nobody can tell: one liar that showed two wrong shares would look the same."""
+    cohort = Cohort(9, 5)
+    spoil = {(name, Stage.SHARE): deal_badly(cohort, name, ["s2"]) for name in ("s0", "s1")}
+    assert cohort.sum(spoil=spoil) == cohort.plain_sum(cohort.sites)
+    assert cohort.server.doubted == {"s2"}
+
+
+def test_where_two_wrong_shares_are_not_borne_two_liars_can_make_a_third_look_wrong() -> None:
+    """With one share to spare it is one honest site against two that agree."""
+    cohort = Cohort(5, 4)
+    places = cohort.places()
+    *liars, last = (sorted(cohort.sites, key=places.get)[n] for n in (0, 1, 4))
+    assert cohort.sum(spoil=cancelling(cohort, liars)) == cohort.plain_sum(cohort.sites)
+    assert cohort.server.doubted == {last}
+
+
+def test_a_key_whose_unused_bits_are_set_is_shared_without_them() -> None:
+    """A library may draw all of its bits at random; the one here clears them."""
+    cohort = Cohort(5, 3)
+    cohort.run_stage()
+    cohort.server.close()
+    site = cohort.sites["s1"]
+    raw = bytes.fromhex(site.held.secrets.mask_key)
+    key = (bytes([raw[0] | 7]) + raw[1:31] + bytes([raw[31] ^ 192])).hex()
+    secrets = site.held.secrets.model_copy(update={"mask_key": key})
+    site.held = site.held.model_copy(update={"secrets": secrets})
+    total = cohort.sum({"s1": Stage.MASK})
+    assert total == cohort.plain_sum(["s0", "s2", "s3", "s4"])
+    assert cohort.server.doubted == set()
 
 
 def test_liars_found_by_one_secret_are_left_out_for_the_others() -> None:
