@@ -30,9 +30,10 @@ from federation.wire import WireError
 
 KEPT_ROUNDS = 2
 """Rounds of a run whose updates are kept: the last, and the one before for a server set back."""
-MAX_BEGUN = 5
+MAX_BEGUN = 3
 """Times that a private round is begun before its failure is its answer. Each draws anew, and who
-can end a trainer sees how far it came; a machine rarely ends so often in one round by itself."""
+can end a trainer sees how far it came; a machine rarely ends so often in one round by itself. Well
+below `client.trainer_link.MAX_LOST`: who gives up asking before that leaves the round unpaid."""
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ def create(path: Path) -> None:
 
     Raises:
         LedgerError: Its head file is there already and says that it had rows.
-        UserError: It cannot be written.
+        UserError: It cannot be written here.
+        FedgeError: It could be, if the disk were not full.
     """
     if head_path(path).exists() and (head := read_head(path)).count:
         raise LedgerError(
@@ -182,8 +183,8 @@ def create(path: Path) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute("COMMIT")
     except sqlite3.OperationalError as error:
-        raise UserError(
-            f"{path} cannot be made ({error}): free some space there, or mount it for writing"
+        raise _disk_error(
+            path, f"{path} cannot be made ({error}): free some space there, or mount it for writing"
         ) from None
     write_head(path, EMPTY)
     new.replace(path)
@@ -195,7 +196,8 @@ def connect(path: Path, *, is_writer: bool) -> sqlite3.Connection:
 
     Raises:
         NotALedgerError: It is no SQLite file.
-        UserError: It is another user's, or the disk does not let SQLite open it.
+        UserError: It is another user's, or lies where nothing can be written.
+        FedgeError: The disk does not let SQLite open it.
     """
     if path.is_file() and not os.access(path, os.R_OK, effective_ids=True):
         raise UserError(
@@ -215,14 +217,21 @@ def connect(path: Path, *, is_writer: bool) -> sqlite3.Connection:
     return connection
 
 
-def _unopened(path: Path, error: sqlite3.DatabaseError) -> UserError:
+def _unopened(path: Path, error: sqlite3.DatabaseError) -> FedgeError:
     """Tell a file that is no ledger from a disk that does not let SQLite read one."""
     if isinstance(error, sqlite3.OperationalError) and path.is_file():
-        return UserError(
+        return _disk_error(
+            path,
             f"{path} cannot be opened ({error}): look for a full disk, or one that cannot be "
-            "written; the file itself may be whole"
+            "written; the file itself may be whole",
         )
     return NotALedgerError(f"{path} is not a ledger ({error})")
+
+
+def _disk_error(path: Path, reason: str) -> FedgeError:
+    """Tell a full disk, which may have space again by itself, from a place to change."""
+    can_write = os.access(path.parent, os.W_OK, effective_ids=True)  # no if mounted read-only
+    return FedgeError(reason) if can_write else UserError(reason)
 
 
 def check_kind(connection: sqlite3.Connection, path: Path) -> None:

@@ -57,6 +57,7 @@ class Child:
         self._wait, self._longest = RETRY_S
         self._started_at = self._next_start = 0.0
         self._failing_since: float | None = None
+        self._was_right = False
 
     @property
     def restarts(self) -> int:
@@ -72,7 +73,9 @@ class Child:
         """Start it, or start it again when it has ended and its pause is over.
 
         Raises:
-            ChildError: It ended once more, and ``patience_s`` are over.
+            ChildError: It ended once more, and ``patience_s`` are over; or with 2, and it never ran
+                for so long, nor worked. What it was started with was right once else, and may be
+                so again: an officer writes at the policy, a disk comes late.
         """
         now = time.monotonic()
         if self._process is not None and self._process.poll() is not None:
@@ -96,6 +99,7 @@ class Child:
         """It did something: what went wrong before counts no more."""
         self._wait = RETRY_S[0]
         self._failing_since = None
+        self._was_right = True
 
     def end(self, wait_s: float) -> None:
         """Ask it to end, and make it after ``wait_s``."""
@@ -116,7 +120,8 @@ class Child:
             self.note_work()  # whatever ended it now, it can be started
         if self._failing_since is None or code == -signal.SIGKILL:  # killed: not its own failing
             self._failing_since = now
-        if now - self._failing_since >= self._patience_s or code == 2:
+        is_mistake = code == 2 and not self._was_right
+        if now - self._failing_since >= self._patience_s or is_mistake:
             raise _given_up(self._name, code, now - self._failing_since)
         self._next_start = now + self._wait
         self._wait = min(2 * self._wait, self._longest)

@@ -49,6 +49,8 @@ TRAINER_START_S = 20.0
 """How long the node waits for its first trainer before it connects without."""
 SUPERNODE_PATIENCE_S = 90.0
 """A SuperNode that was killed cannot come back for 60 s: its lease holds, and it ends with 305."""
+PROBE_S = 1.0
+"""How old /healthz's word of the trainer may be: whoever asks often does not make us ask often."""
 GOODBYE_S = 10.0
 """How long a child may take to end once there is nothing in hand."""
 
@@ -66,6 +68,12 @@ class _Life:
     """Time of `time.monotonic` after which nothing is waited for."""
     is_closed_said: bool = False
     """Whether the log says that the socket's directory may not be entered."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever asks the trainer for `status`."""
+    asked_at: float = float("-inf")
+    """When `status` asked it last, in the time of `time.monotonic`."""
+    is_trainer_up: bool = False
+    """What it found."""
 
     def leave(self, *_: object) -> None:
         """Begin to leave; for signals."""
@@ -74,11 +82,16 @@ class _Life:
             self.stop.set()
 
     def status(self) -> Status:
-        """Return the status with the trainer as it is now.
+        """Return the status with the trainer as it is now, or was at most ``PROBE_S`` ago.
 
         The loop may have waited for the SuperLink, or for an answer, since it last looked.
         """
-        return replace(self.health.status, is_trainer_up=peer_at(self.settings.socket) == "answers")
+        with self.lock:
+            now = time.monotonic()
+            if now - self.asked_at >= PROBE_S:
+                self.is_trainer_up = peer_at(self.settings.socket) == "answers"
+                self.asked_at = now
+            return replace(self.health.status, is_trainer_up=self.is_trainer_up)
 
     def is_patient(self) -> bool:
         """Whether the round in hand may go on."""

@@ -11,6 +11,7 @@ that it came lie some milliseconds in which a crash loses it; the server asks ag
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -90,7 +91,7 @@ class FleetNode:
             superlink: HOST:PORT.
             root_certificate: PEM file of the CA that signed the SuperLink's certificate.
             node_key: OpenSSH private key on an elliptic curve, as `ssh-keygen -t ecdsa` makes it.
-            memory: Directory of node.json and asked.json; one node a directory.
+            memory: Directory of what is written down (`client.in_hand`); one node a directory.
             stop: Set by whoever wants the node to leave; every wait for the SuperLink ends then.
             say: Called with the name of an event and its values.
             max_message_bytes: Of the largest adapter that is fetched.
@@ -99,7 +100,10 @@ class FleetNode:
             UserError: Key or certificate cannot be read.
         """
         key, certificate = _read_key(node_key), _read_certificate(root_certificate)
-        self._superlink = Superlink(stop, say)
+        self._memory = Memory(memory)
+        self._trust = hashlib.sha256(superlink.encode() + b"\0" + certificate).hexdigest()
+        was_trusted = self._memory.was_trusted(self._trust)
+        self._superlink = Superlink(stop, say, was_trusted=was_trusted)
         try:
             self._client = FlowerClient(superlink, certificate, key, self._superlink)
         except (ValueError, OSError) as error:  # ssl.SSLError is an OSError
@@ -107,7 +111,6 @@ class FleetNode:
                 f"superlink {superlink!r} or root_certificate {root_certificate.name} is not "
                 f"usable ({type(error).__name__}): expected HOST:PORT and a PEM file"
             ) from None
-        self._memory = Memory(memory)
         self._say = say
         self._max_bytes = max_message_bytes + RECORD_BYTES
         self._node_id: int | None = None
@@ -134,6 +137,7 @@ class FleetNode:
         Raises:
             FleetError: The SuperLink does not know this site's key, or another node holds its
                 lease.
+            CertificateError: The SuperLink's certificate is not one to trust, and was not before.
             Stopped: The node was told to leave first.
         """
         try:
@@ -142,6 +146,7 @@ class FleetNode:
             self._client.close()
             raise
         self._memory.keep_node(self.node_id)
+        self._memory.keep_trusted(self._trust)
         self._say("connected", node=str(self.node_id))
         if (hand := self._memory.in_hand()) is not None:
             self._memory.keep(replace(hand, lives=hand.lives + 1))

@@ -17,6 +17,12 @@ from typing import Any
 from federation.atomic import write_atomically
 from federation.errors import UserError
 
+MAX_WATCHERS = 8
+"""Connections to /healthz at a time; one more is closed. Every local user may connect, and each
+connection is a descriptor and a thread of the daemon."""
+IDLE_S = 5.0
+"""How long a connection may say nothing."""
+
 
 @dataclass(frozen=True)
 class Status:
@@ -125,12 +131,41 @@ def _user_name(uid: int) -> str:
         return f"#{uid}"
 
 
+class _Server(ThreadingHTTPServer):
+    """Takes no more connections at a time than it may."""
+
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._places = threading.BoundedSemaphore(MAX_WATCHERS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._places.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, *_: object) -> None:  # whoever connects may fill no log
+        pass
+
+
 @contextlib.contextmanager
 def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]:
     """Answer GET /healthz on loopback for the time of a block; yield the port.
 
     200 while the trainer takes connections and the SuperLink answers (of a stock SuperNode: while
-    its process runs), 503 else; the body is the status.
+    its process runs), 503 else; the body is the status. ``MAX_WATCHERS`` are heard at a time.
 
     Args:
         address: HOST:PORT; port 0 takes a free one.
@@ -141,6 +176,8 @@ def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]
     """
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = IDLE_S
+
         def do_GET(self) -> None:
             now = status()
             if self.path != "/healthz":
@@ -158,10 +195,9 @@ def health_endpoint(address: str, status: Callable[[], Status]) -> Iterator[int]
 
     host, _, port = address.rpartition(":")
     try:
-        server = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+        server = _Server((host.strip("[]"), int(port)), Handler)
     except OSError as error:
         raise UserError(f"health {address}: {error.strerror}: choose another port") from None
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     try:
         yield server.server_address[1]

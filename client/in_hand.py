@@ -2,6 +2,7 @@
 
 DIR/node.json    the node id of a life that did not end in order: its lease still holds
     asked.json   the message, without its content, and how far its reply has come
+    trusted      which SuperLink and root_certificate there was a connection with
 """
 
 from __future__ import annotations
@@ -77,3 +78,15 @@ class Memory:
     def forget_node(self) -> None:
         """Note that the lease was given back."""
         (self._directory / "node.json").unlink(missing_ok=True)
+
+    def keep_trusted(self, digest: str) -> None:
+        """Note with which settings there was a connection."""
+        if not self.was_trusted(digest):
+            write_atomically(self._directory / "trusted", digest)
+
+    def was_trusted(self, digest: str) -> bool:
+        """Return whether there was a connection with these settings, and none with others since."""
+        try:
+            return (self._directory / "trusted").read_text(encoding="utf-8") == digest
+        except (OSError, ValueError):
+            return False

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 Peer = Literal["answers", "silent", "absent", "forbidden"]
-"""silent: somebody holds the socket and takes no connection. forbidden: not for this user."""
+"""silent: somebody holds the socket and takes no connection, or this process can open none.
+forbidden: not for this user."""
 PATIENCE_S = 2.0
 
 
@@ -22,19 +23,27 @@ def peer_at(path: Path, timeout_s: float = PATIENCE_S) -> Peer:
         path: Of the socket.
         timeout_s: For the connection, and again for the greeting.
     """
-    with socket.socket(socket.AF_UNIX) as probe:
+    try:
+        made = socket.socket(socket.AF_UNIX)
+    except OSError:  # no descriptor is left: that says nothing of the trainer
+        return "silent"
+    with made as probe:
         probe.settimeout(timeout_s)
-        try:
-            probe.connect(str(path.absolute()))
-        except PermissionError:
-            return "forbidden"
-        except (TimeoutError, BlockingIOError):  # as many wait already as the system lets
-            return "silent"
-        except OSError:
-            return "absent"
-        try:
-            return "answers" if probe.recv(1) else "absent"
-        except TimeoutError:
-            return "silent"
-        except OSError:  # it ended in this moment
-            return "absent"
+        return _greeting(probe, path)
+
+
+def _greeting(probe: socket.socket, path: Path) -> Peer:
+    try:
+        probe.connect(str(path.absolute()))
+    except PermissionError:
+        return "forbidden"
+    except (TimeoutError, BlockingIOError):  # as many wait already as the system lets
+        return "silent"
+    except OSError:
+        return "absent"
+    try:
+        return "answers" if probe.recv(1) else "absent"
+    except TimeoutError:
+        return "silent"
+    except OSError:  # it ended in this moment
+        return "absent"

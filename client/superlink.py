@@ -3,6 +3,11 @@
 While a SuperLink is restarted or the line is down, a site waits and asks again, with growing pauses
 that are drawn so that many sites do not come back in the same moment. What a SuperLink refuses is
 no matter of waiting and becomes an error of its own kind.
+
+A certificate that is not to be trusted is a mistake in this site's files as long as none was
+trusted with them. Afterwards it is the coordinator's, or the work of whoever stands between; a site
+that left then would be down until a person comes. So it is waited out like a line that is down.
+Nothing is sent over such a connection.
 """
 
 from __future__ import annotations
@@ -65,16 +70,25 @@ class Stopped(FedgeError):  # noqa: N818 - not a fault: the node was told to lea
 class Superlink:
     """One SuperLink, as far as it is there or not."""
 
-    def __init__(self, stop: threading.Event, say: Callable[..., None]) -> None:
+    def __init__(
+        self, stop: threading.Event, say: Callable[..., None], *, was_trusted: bool = False
+    ) -> None:
         """Nothing is asked yet.
 
         Args:
             stop: Set by whoever wants to leave; every wait ends then.
             say: Called with the name of an event and its values.
+            was_trusted: Whether its certificate was one to trust in an earlier life.
         """
         self._stop = stop
         self._say = say
-        self.is_away = False
+        self._is_trusted = was_trusted
+        self._reasons: set[str] = set()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last request was not answered."""
+        return bool(self._reasons)
 
     def call(self, method: Callable[[Any], Any], request: Any) -> Any:
         """Make a request; while the SuperLink is away, again and again.
@@ -82,7 +96,7 @@ class Superlink:
         Raises:
             FleetKeyError: 401.
             RunOverError: 403.
-            CertificateError: The SuperLink's certificate is not one to trust.
+            CertificateError: The SuperLink's certificate is not one to trust, and never was.
             FleetError: The SuperLink refuses the request.
             Stopped: Told to leave.
         """
@@ -92,22 +106,27 @@ class Superlink:
             try:
                 answer = method(request)
             except httpx.HTTPStatusError as error:
+                self._is_trusted = True
                 status = error.response.status_code
                 faults += status == httpx.codes.INTERNAL_SERVER_ERROR
                 if status < 500 or faults >= MAX_FAULTS:
                     raise _refusal(status, error.response.text) from None
                 reason = f"HTTP {status}"
             except httpx.TransportError as error:
-                if "certificate" in str(error).lower():
-                    raise CertificateError(str(error)) from None
                 reason = type(error).__name__
+                if "certificate" in str(error).lower():
+                    fault = CertificateError(str(error))
+                    if not self._is_trusted:
+                        raise fault from None
+                    reason = str(fault)
             else:
+                self._is_trusted = True
                 if self.is_away:
-                    self.is_away = False
+                    self._reasons.clear()
                     self._say("superlink_back")
                 return answer
-            if not self.is_away:
-                self.is_away = True
+            if reason not in self._reasons:
+                self._reasons.add(reason)
                 self._say("superlink_away", reason=reason)
             self.pause(wait * random.uniform(0.5, 1.0))  # noqa: S311 - no secret, only apart
             wait = min(2 * wait, longest)

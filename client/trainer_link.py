@@ -26,7 +26,8 @@ HEAD_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20
 """Longest chunk; gRPC itself refuses messages above 4 MiB."""
 MAX_LOST = 5
-"""How many trainers one message may cost before it is answered with an error."""
+"""How many trainers one message may cost before it is answered with an error. More than a private
+round is begun (`client.answers.MAX_BEGUN`), for some are lost before they begin it."""
 PATIENCE_S = 60.0
 """How long an app waits for a trainer that is started again."""
 LONGEST_PATH = 100

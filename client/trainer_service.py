@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.claim import claim
+from client.ledger import LEDGER
 from client.process import end_with, keep_to_itself
 from client.round import settle
 from client.site_log import SiteLog
@@ -39,7 +40,7 @@ from client.trainer_link import (
     spool,
     write_parts,
 )
-from federation.errors import UserError
+from federation.errors import FedgeError, UserError
 
 if TYPE_CHECKING:
     from client.trainer_pb2 import Part
@@ -86,6 +87,7 @@ def run_trainer(
 
     Raises:
         UserError: Another trainer has the state or the socket, or the gate does not open.
+        FedgeError: The gate did open before, and a file of it is missing.
     """
     keep_to_itself()
     log = SiteLog("trainer", settings.log, settings.log_level)
@@ -114,7 +116,7 @@ def run_trainer(
             is_wanted=lambda: not leaving.is_set(),
         ),
         _spool_directory(settings.state) as spools,
-        open_gate(settings, log.say) as gate,
+        _opened(settings, open_gate, log.say) as gate,
         _listening(settings, spools, calls, closed),
     ):
         trainer = Trainer(settings.site, gate, log.say, key_of=key_of)
@@ -122,6 +124,39 @@ def run_trainer(
         _answer_calls(trainer, calls, leaving)
         closed.set()
     log.say("trainer_left")
+
+
+def _opened(
+    settings: SiteSettings, open_gate: OpenGate, say: Callable[..., None]
+) -> contextlib.AbstractContextManager[Gate]:
+    """Open the gate.
+
+    Raises:
+        UserError: It does not open.
+        FedgeError: A file is missing that an earlier life of this trainer had: a disk that is
+            mounted late comes by itself, so a service is to be started again.
+    """
+    try:
+        return open_gate(settings, say)
+    except UserError as error:
+        is_first = not (settings.state / LEDGER).exists()
+        missing = [path.name for path in (settings.policy, settings.data) if _is_missing(path)]
+        if is_first or not missing:
+            raise
+        raise FedgeError(
+            f"{error}; {missing[0]} was there when this trainer ran before: if its disk is mounted "
+            "late, wait"
+        ) from None
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # it is there, and not for this user
+        return False
+    return False
 
 
 def _answer_calls(

@@ -20,6 +20,8 @@ WAYS_OUT = {
     errno.EDQUOT: "free some space there, or ask for a larger quota",
 }
 """Of what a system refuses wherever files are used, and only the user can change."""
+PASSING = (errno.ENOSPC, errno.EDQUOT)
+"""What may pass by itself all the same: a service that met it is started again."""
 
 
 def run_command(app: Callable[[], Any]) -> None:
@@ -39,7 +41,8 @@ def run_command(app: Callable[[], Any]) -> None:
         if debug or error.errno not in WAYS_OUT:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _end(UserError(f"{place}{error.strerror}: {WAYS_OUT[error.errno]}"))
+        kind = FedgeError if error.errno in PASSING else UserError
+        _end(kind(f"{place}{error.strerror}: {WAYS_OUT[error.errno]}"))
 
 
 def _end(error: FedgeError) -> None:

@@ -227,6 +227,25 @@ def test_a_mistake_of_the_user_is_not_tried_again(clock: Clock) -> None:
     assert no.value.exit_code == 2
 
 
+def test_a_mistake_in_files_that_were_right_before_is_tried_for_a_while(clock: Clock) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(2)"]
+    child = Child("trainer", command, patience_s=60, say=lambda *_, **__: None)
+    child.note_work()  # it answered
+    for _ in range(3):
+        child.keep_up()
+        ended(child)
+        clock.now += 10
+        child.keep_up()
+        clock.now += 10  # longer than its pause
+    child.keep_up()
+    assert child.restarts == 3
+    ended(child)
+    clock.now += 30
+    with pytest.raises(ChildError, match="it needs a change that only you can make") as no:
+        child.keep_up()
+    assert no.value.exit_code == 2
+
+
 def test_a_program_that_does_not_end_is_made_to() -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     child = Child("trainer", [sys.executable, "-c", code], patience_s=1, say=lambda *_, **__: None)

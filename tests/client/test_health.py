@@ -1,18 +1,23 @@
 """What a site says of itself, to a watchdog and to a user: real sockets, real locks, two users."""
 
+import contextlib
 import http.client
 import json
 import os
+import socket
 import tempfile
 import threading
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from client import daemon
+from client import health as health_module
 from client.claim import claim
-from client.health import Health, Status, health_endpoint, read_status
+from client.health import MAX_WATCHERS, Health, Status, health_endpoint, read_status
 from client.site_log import SiteLog
 from client.site_settings import load_site
 from client.status import describe, site_status
@@ -51,7 +56,75 @@ def test_the_endpoint_says_503_unless_trainer_and_coordinator_are_there(tmp_path
     assert read_status(tmp_path / "status.json") == health.status
 
 
-def test_the_endpoint_asks_the_trainer_and_not_the_file_of_its_socket(tmp_path: Path) -> None:
+def test_whoever_connects_and_says_nothing_takes_no_more_than_a_few_threads_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_module, "IDLE_S", 1.0)
+    health = Health(Status(1, is_connected=True, is_trainer_up=True), tmp_path / "status.json")
+    with (
+        contextlib.ExitStack() as stack,
+        health_endpoint("127.0.0.1:0", lambda: health.status) as port,
+    ):
+        before = threading.active_count()
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(60)
+        ]
+        for connection in idle[MAX_WATCHERS:]:
+            connection.settimeout(10)
+            assert connection.recv(1) == b"", "there is no thread left for it"
+        assert threading.active_count() <= before + MAX_WATCHERS
+        for connection in idle[:MAX_WATCHERS]:
+            connection.settimeout(10)
+            assert connection.recv(1) == b"", "it said nothing"
+        assert answers_soon(port)
+
+
+def answers_soon(port: int) -> bool:
+    deadline = time.monotonic() + 10  # a thread gives its place back after the connection
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            return request(port, "/healthz")[0] == 200
+    return False
+
+
+def test_however_many_ask_the_endpoint_the_trainer_is_asked_once_a_second(
+    tmp_path: Path,
+) -> None:
+    settings = load_site(write_site(tmp_path, trainer="socket"))
+    health = Health(Status(1, is_connected=True), tmp_path / "status.json")
+    life = daemon._Life(settings, SiteLog("daemon", tmp_path / "log"), health, threading.Event())
+    seen = []
+
+    def greet(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                seen.append(time.monotonic())
+                connection.sendall(b"x")
+                connection.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(settings.socket))
+        listener.listen(100)
+        thread = threading.Thread(target=greet, args=[listener])
+        thread.start()
+        with health_endpoint("127.0.0.1:0", life.status) as port:
+            end = time.monotonic() + 1.5
+            num_asked = 0
+            while time.monotonic() < end:
+                assert request(port, "/healthz")[0] == 200
+                num_asked += 1
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert num_asked > 10
+    assert 1 <= len(seen) <= 3
+    assert all(b - a >= 0.9 for a, b in pairwise(seen))
+
+
+def test_the_endpoint_asks_the_trainer_and_not_the_file_of_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "PROBE_S", 0.0)
     settings = load_site(write_site(tmp_path, trainer="socket"))
     health = Health(Status(1, is_connected=True, is_trainer_up=True), tmp_path / "status.json")
     life = daemon._Life(settings, SiteLog("daemon", tmp_path / "log"), health, threading.Event())

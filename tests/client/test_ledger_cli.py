@@ -13,7 +13,7 @@ import pytest
 from client.chain import head_path
 from client.ledger import read_ledger
 from federation.accountant import PrivacyEvent, epsilon_of
-from federation.errors import UserError
+from federation.errors import FedgeError, UserError
 from tests.client.ledgers import RUN, data_set, entry, fill, open_ledger
 from tests.client.test_cli import run
 from tests.client.test_ledger import ROOT, tamper
@@ -149,12 +149,13 @@ def fill_up(disk: Path) -> None:
 def test_a_full_disk_is_no_damaged_ledger(monkeypatch, capsys, small_disk):
     """To put an older one back from a backup would give budget back."""
     fill_up(small_disk)
-    with pytest.raises(UserError, match="cannot be made .*: free some space there"):
+    with pytest.raises(FedgeError, match="cannot be made .*: free some space there") as full:
         open_ledger(small_disk / "ledger.db")
+    assert full.value.exit_code == 1  # a service is started again
     (small_disk / "filler").unlink()
     fill(small_disk / "ledger.db", 1)
     fill_up(small_disk)
-    assert run(monkeypatch, "ledger", "show", small_disk / "ledger.db") == 2
+    assert run(monkeypatch, "ledger", "show", small_disk / "ledger.db") == 1
     said = capsys.readouterr().err
     assert "cannot be opened" in said
     assert "look for a full disk" in said

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -90,6 +91,18 @@ def test_a_queue_that_is_full_is_not_waited_for(tmp_path: Path) -> None:
             with contextlib.suppress(BlockingIOError):
                 waiting.connect(str(path))
         assert peer_at(path, 0.2) == "silent"
+
+
+def test_a_process_without_a_descriptor_left_cannot_tell(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with grpc_server(tmp_path / "trainer"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # as many are open already
+        try:
+            found = peer_at(tmp_path / "trainer")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert found == "silent"
+        assert peer_at(tmp_path / "trainer") == "answers"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client.answers import MAX_BEGUN
 from client.chain import LedgerError
 from client.ledger import LEDGER, Ledger, read_ledger
 from client.ledger_audit import check_epsilons
@@ -142,10 +143,10 @@ def test_verify_sees_a_masked_vector_whose_training_nobody_was_charged_for(tmp_p
 def test_a_secure_round_whose_trainer_is_killed_again_and_again_is_charged_as_a_failure(
     sites: SecureSites, asks: Asks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for attempt in range(1, 6):
+    for attempt in range(1, MAX_BEGUN + 1):
         killed_in(monkeypatch, RandomStream, "chosen", sites, asks=asks, attempt=attempt)
     assert rows_of(sites, "a") == []
-    for attempt in (6, 7):
+    for attempt in (MAX_BEGUN + 1, MAX_BEGUN + 2):
         sites.send(["a"], asks(training=PRIVATE, stage="advertise", attempt=attempt))
         reply = sites.receive()
         assert reply is not None

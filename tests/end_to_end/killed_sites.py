@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from client.answers import MAX_BEGUN
 from federation.accountant import PrivacyEvent
 from tests.end_to_end.test_resident_nodes import site_values
 from tests.policies import policy_text, toml_text
@@ -98,6 +99,16 @@ class Killed:
         new, self.seen = lines[self.seen :], len(lines)
         events = {json.loads(line)["event"] for line in new}
         return bool(events & {"asked", "judged", "answered", "replied"} or self.processes("shim"))
+
+    def may_be_killed_in_its_draw(self) -> bool:
+        """Return whether the round in hand would be begun anew, and not be given up, after a kill.
+
+        Of one that is not begun too: it is begun once at most before the kill.
+        """
+        files = (self.directory / "state").glob("answers/*/*.begun")
+        with contextlib.suppress(FileNotFoundError):  # its answer is there by now
+            return all(int(file.read_text()) < MAX_BEGUN - 1 for file in files)
+        return True
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """Return the living processes of one kind: "daemon", "trainer", "supernode", "shim"."""
