@@ -207,7 +207,7 @@ class SecureExchange:
             )
 
         seed = f"{settings.seed}/{server_round}/{number}"
-        return self._candidates.drawn(connected, self._cohort, seed)
+        return self._candidates.drawn(connected, self._cohort, seed, server_round)
 
     def _run_stage(self, attempt: _Attempt) -> None:
         """Ask the sites of a stage, and take in replies until all answered or time is up."""
@@ -285,7 +285,7 @@ class SecureExchange:
         )
 
     def _fail(self, attempt: _Attempt, site: str, stage: Stage, reason: str) -> None:
-        self._candidates.fail(site)
+        self._candidates.fail(site, attempt.request.server_round)
         attempt.reasons.append(f"site {site}, stage {stage}: {reason}")
         self._log.write(
             events.SiteFailed(attempt.request.server_round, site, f"stage {stage}: {reason}")
