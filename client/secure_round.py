@@ -97,8 +97,8 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         raise LinkError("the head says an empty stage: expected one of a secure sum, or none")
     stage = Stage(asked.stage)
     run, server_round = said.request.run, said.request.server_round
-    member = trainer.gate.membership()
-    site = SecureSumSite(trainer.site.state / ROOT, run, member)
+    # Asked for where it is used: so it is that of the policy that allowed this stage.
+    site = SecureSumSite(trainer.site.state / ROOT, run, trainer.gate.membership)
     metrics: dict[str, float] = {}
     if stage == Stage.ADVERTISE:
         question = _trained(trainer, site, said, message)

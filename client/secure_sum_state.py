@@ -24,7 +24,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from client.secure_sum import (
     Membership,
     advertise,
     check_cohort,
+    check_policy,
     is_repeated,
     mask,
     masked,
@@ -55,13 +56,13 @@ _REVEALED = "revealed"
 class SecureSumSite:
     """One site in the secure sums of one run."""
 
-    def __init__(self, root: Path, run: str, member: Membership) -> None:
+    def __init__(self, root: Path, run: str, member: Callable[[], Membership]) -> None:
         """Read what there is; nothing is written before the first answer.
 
         Args:
             root: Directory for this alone.
             run: Random id of the run, in hex: it becomes part of a file name.
-            member: This site.
+            member: Returns this site as its policy has it now: it may change between two stages.
 
         Raises:
             SecureSumError: ``run`` is no such id.
@@ -104,7 +105,7 @@ class SecureSumSite:
                     f"this site has helped to open the sum of round {terms.server_round}: two sums "
                     "of the same updates would say more than one, so go on to another round"
                 )
-        check_cohort(terms, self._member)
+        check_cohort(terms, self._member())
         opened = None if is_private else self._revealed().get(terms.subject)
         if opened is not None:
             raise Refused(
@@ -119,7 +120,7 @@ class SecureSumSite:
         self.check(terms, is_private=is_private)
         if self._held is not None and self._held.terms == terms:
             return self._held.answers[Stage.ADVERTISE].encode()
-        held = advertise(terms, self._member)
+        held = advertise(terms, self._member())
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep(held)
         self._vector.unlink(missing_ok=True)
@@ -132,9 +133,10 @@ class SecureSumSite:
         Raises:
             SecureSumError: The request is refused: client.secure_sum says why.
         """
-        held = self._attempt()
+        held, member = self._attempt(), self._member()
+        check_policy(held, member)
         if not is_repeated(held, stage, request):
-            held = ANSWERS[stage](held, request, self._member)
+            held = ANSWERS[stage](held, request, member)
             if stage == Stage.REVEAL:
                 self._note_revealed(held.terms)
             self._keep(held)
@@ -151,10 +153,11 @@ class SecureSumSite:
 
         Arguments and errors as client.secure_sum.mask; ``values`` is drawn the first time only.
         """
-        held = self._attempt()
+        held, member = self._attempt(), self._member()
+        check_policy(held, member)
         if is_repeated(held, Stage.MASK, request):
             return self._vector
-        vector = mask(held, request, self._member, values, num_examples, rng)
+        vector = mask(held, request, member, values, num_examples, rng)
         self._remove_half_written()
         num_clipped = 0
         with atomic_file(self._vector) as file:
