@@ -97,6 +97,8 @@ class Held(Settings):
     """What was asked, by stage."""
     answers: dict[Stage, str]
     """What was answered; of the masked vector, how many numbers were clipped."""
+    trained: str = ""
+    """Digest of what decides the update, as this site computes it; "" = ``terms.subject``."""
 
 
 def advertise(terms: Terms, member: Membership) -> Held:

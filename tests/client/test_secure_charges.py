@@ -24,6 +24,7 @@ from tests.client.test_secure_round import (
     PRIVATE,
     PRIVATE_LIMITS,
     RUN,
+    TRAINING,
     Asks,
     change_of,
     errors,
@@ -183,6 +184,22 @@ def test_without_noise_an_adapter_whose_sum_was_opened_is_not_trained_in_another
         assert sites.institutions["a"].count("trained") == 2
         # Another adapter is another matter.
         run_until(sites, asks(seed=2, server_round=3))
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [{"weight_decay": 0.0}, {"weight_decay": -0.0}, {"accumulation": 1}, {"record_clip_norm": 0.5}],
+)
+def test_settings_that_come_to_the_same_open_no_second_sum_however_they_are_spelled(
+    spelling: dict[str, Any], tiny_model: Path, tmp_path: Path, asks: Asks
+) -> None:
+    with SecureSites(tiny_model, tmp_path / "plain") as sites:
+        run_until(sites, asks())
+        again = asks(server_round=2, training=TRAINING | spelling)
+        assert sum_of(again).terms.subject != sum_of(asks(server_round=2)).terms.subject
+        replies = run_stage(sites, again, sum_of(again))
+        assert all("replay: this site has helped to open" in one for one in errors(replies))
+        run_until(sites, asks(server_round=2, training=TRAINING | {"weight_decay": 0.1}))
 
 
 def test_with_noise_a_run_goes_on_from_the_same_adapter(sites: SecureSites, asks: Asks) -> None:
