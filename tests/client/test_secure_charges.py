@@ -140,6 +140,20 @@ def test_verify_sees_a_masked_vector_whose_training_nobody_was_charged_for(tmp_p
         check_epsilons(path, read_ledger(path))
 
 
+@pytest.mark.parametrize(
+    "other", [{"adapter": "f" * 64}, {"settings": "e" * 64}, {"stage": "failed"}]
+)
+def test_verify_takes_no_vector_for_a_row_that_charges_something_else(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / LEDGER
+    with Ledger.open(path) as book:
+        book.append(entry(1, **({"stage": "trained", "num_bytes": 0} | other)))
+        book.append(entry(1, stage="secure", event=PrivacyEvent(1.0, 0.1, 0)))
+    with pytest.raises(LedgerError, match="row 3 charges nothing, and no row before it charges"):
+        check_epsilons(path, read_ledger(path))
+
+
 def test_a_secure_round_whose_trainer_is_killed_again_and_again_is_charged_as_a_failure(
     sites: SecureSites, asks: Asks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
