@@ -193,7 +193,14 @@ class SiteGate:
         if kept.is_failed:
             stage = FAILED_STAGE
         elif stage == SECURE_STAGE:
-            if not self._has_row(asked, lambda row: row.steps > 0):
+            # As `Row.is_training_of`, of a row that is still to be written.
+            training = (question.adapter, asked.settings_digest, self._data_set.digest)
+            if not self._has_row(
+                asked,
+                lambda row: (
+                    row.charges_sum and (row.adapter, row.settings, row.data_set) == training
+                ),
+            ):
                 raise AssertionError("a masked vector would leave whose training is not charged")
             event = replace(event, steps=0)
         self._append(question, kept, stage, event)

@@ -105,6 +105,16 @@ class Row:
         """What the row cost."""
         return PrivacyEvent(self.noise_multiplier, self.sampling_rate, self.steps)
 
+    @property
+    def charges_sum(self) -> bool:
+        """Whether it charges a training for a secure sum; older ledgers did with the vector."""
+        return self.steps > 0 and self.stage in ("trained", "secure")
+
+    def is_training_of(self, vector: Row) -> bool:
+        """Return whether it charges the training of a masked vector that charges nothing."""
+        same = ("run", "server_round", "adapter", "settings", "data_set")
+        return self.charges_sum and all(getattr(self, n) == getattr(vector, n) for n in same)
+
 
 @dataclass(frozen=True)
 class Spent:

@@ -55,8 +55,7 @@ def check_epsilons(
                 "budget; use the version that wrote it, and if it says the same, report this"
             )
         before = contents.rows[:index]
-        place = (row.run, row.server_round)
-        if not row.steps and not any(r.steps and (r.run, r.server_round) == place for r in before):
+        if not row.steps and not any(r.is_training_of(row) for r in before):
             raise LedgerError(
                 f"{path}: row {row.number} charges nothing, and no row before it charges the "
                 f"training of round {row.server_round}: do not rely on its budget; use the version "

@@ -98,13 +98,15 @@ def answer_stage(trainer: Trainer, said: Said, message: Path, scratch: Path) -> 
         raise LinkError("the head says an empty stage: expected one of a secure sum, or none")
     stage = Stage(asked.stage)
     run, server_round = said.request.run, said.request.server_round
-    member = trainer.gate.membership()
-    site = SecureSumSite(trainer.site.state / ROOT, run, member)
+    # Asked for where it is used: so it is that of the policy that allowed this stage.
+    site = SecureSumSite(trainer.site.state / ROOT, run, trainer.gate.membership)
     metrics: dict[str, float] = {}
     if stage == Stage.ADVERTISE:
         question = _trained(trainer, site, said, message)
         terms, is_private = terms_of(question), said.settings.noise_multiplier > 0
-        path = _spooled(scratch, site.advertise(terms, is_private=is_private))
+        trained = trained_digest(question)
+        answer = site.advertise(terms, is_private=is_private, trained=trained)
+        path = _spooled(scratch, answer)
     else:
         if message.stat().st_size > MAX_MESSAGE_BYTES:  # before it is in memory
             raise SecureSumError(
@@ -145,6 +147,18 @@ def terms_of(question: Question) -> Terms:
     )
 
 
+def trained_digest(question: Question) -> str:
+    """Return the digest of what decides an update without noise, however its settings are spelled.
+
+    A default that is written out, 1 for 1.0, or a setting that is of no use without noise make no
+    other update: so they make no other digest, as they do of ``Terms.subject``.
+    """
+    settings = question.settings.model_dump(exclude={"record_clip_norm", "checkpoint_every"})
+    # -0.0 + 0.0 is 0.0.
+    spelled = {k: v + 0.0 if isinstance(v, float) else v for k, v in settings.items()}
+    return subject_of(question.adapter, question.request.trains, spelled)
+
+
 def change_bytes(trained: Adapter, received: Update, factors: str) -> bytes:
     """Return what training changed, as float32 in the order of a message's tensors.
 
@@ -175,7 +189,8 @@ def _trained(trainer: Trainer, sums: SecureSumSite, said: Said, message: Path) -
     facts = facts_of(received, site)
     question = said.about(facts)
     # Before the training: else it would be trained, and charged, to be refused then.
-    sums.check(terms_of(question), is_private=said.settings.noise_multiplier > 0)
+    is_private = said.settings.noise_multiplier > 0
+    sums.check(terms_of(question), is_private=is_private, trained=trained_digest(question))
     data_set = trainer.gate.data_set
 
     def train(begun: Begun) -> Answer:

@@ -98,6 +98,8 @@ class Held(Settings):
     """What was asked, by stage."""
     answers: dict[Stage, str]
     """What was answered; of the masked vector, how many numbers were clipped."""
+    trained: str = ""
+    """Digest of what decides the update, as this site computes it; "" = ``terms.subject``."""
 
 
 def advertise(terms: Terms, member: Membership) -> Held:
@@ -144,6 +146,31 @@ def check_cohort(terms: Terms, member: Membership) -> None:
         )
 
 
+def check_policy(held: Held, member: Membership) -> None:
+    """Return unless a policy that changed since the roster came would refuse that roster now.
+
+    Raises:
+        SecureSumError: It would.
+    """
+    if Stage.SHARE in held.requests:
+        _check_policy(_roster(held), member)
+
+
+def _check_policy(roster: Roster, member: Membership) -> None:
+    members, listed = roster.advertisements, member.identities
+    if len(members) < member.min_cohort:
+        raise SecureSumError(
+            f"{len(members)} sites take part: this site's policy asks for {member.min_cohort} or "
+            "more"
+        )
+    strangers = [one.identity for one in members if listed and one.identity not in listed]
+    if strangers:
+        raise SecureSumError(
+            f"identity {strangers[0][:16]}… is not one of the {len(listed)} that this site's "
+            "policy lists"
+        )
+
+
 def share(held: Held, request: bytes, member: Membership) -> Held:
     """Answer the roster with shares of this site's secrets, sealed to each member.
 
@@ -155,19 +182,7 @@ def share(held: Held, request: bytes, member: Membership) -> Held:
     members = roster.advertisements
     if held.answers[Stage.ADVERTISE] not in [write(one).decode() for one in members]:
         raise SecureSumError("the roster does not hold the keys that this site advertised")
-    if len(members) < member.min_cohort:
-        raise SecureSumError(
-            f"{len(members)} sites take part: this site's policy asks for {member.min_cohort} or "
-            "more"
-        )
-    strangers = [
-        one for one in members if member.identities and one.identity not in member.identities
-    ]
-    if strangers:
-        raise SecureSumError(
-            f"identity {strangers[0].identity[:16]}… is not one of the {len(member.identities)} "
-            "that this site's policy lists"
-        )
+    _check_policy(roster, member)
     own, context, place = _secrets(held), roster_context(roster), _place(roster, member)
     threshold, private = held.terms.threshold, _private(own.seal_key)
     shares = zip(

@@ -2,7 +2,7 @@
 
     DIR/run-<id>/attempt.json   keys, what was asked and what was answered: client.secure_sum.Held
                  masked         the masked vector, as it leaves
-                 revealed       round and subject of each sum that it helped to open; for ever
+                 revealed       round and content of each sum that it helped to open; for ever
 
 `attempt.json` is replaced in one step with each answer in it; a stage that is asked again is
 answered with the same bytes. So after a kill at any point a site never makes a second vector under
@@ -11,8 +11,9 @@ the same keys, never reveals both kinds of share of one member, and can still he
 One attempt a run is kept, the newest. A site that has revealed its shares refuses every other
 attempt of that round, and without noise every other round of the run over the same adapter and
 settings: two sums of the same updates would say more than one. With noise each round's update is
-drawn anew and charged, so that a run may go on after a sum that was lost. What differs a little is
-another subject, and its update nearly the same one: only noise bounds that.
+drawn anew and charged, so that a run may go on after a sum that was lost. Settings are compared by
+what they come to, however a request spells them. What differs a little is other content, and its
+update nearly the same one: only noise bounds that.
 
 One process may use a directory at a time. The files hold keys: only their owner may read the
 directory.
@@ -24,7 +25,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from client.secure_sum import (
     Membership,
     advertise,
     check_cohort,
+    check_policy,
     is_repeated,
     mask,
     masked,
@@ -55,13 +57,13 @@ _REVEALED = "revealed"
 class SecureSumSite:
     """One site in the secure sums of one run."""
 
-    def __init__(self, root: Path, run: str, member: Membership) -> None:
+    def __init__(self, root: Path, run: str, member: Callable[[], Membership]) -> None:
         """Read what there is; nothing is written before the first answer.
 
         Args:
             root: Directory for this alone.
             run: Random id of the run, in hex: it becomes part of a file name.
-            member: This site.
+            member: Returns this site as its policy has it now: it may change between two stages.
 
         Raises:
             SecureSumError: ``run`` is no such id.
@@ -73,17 +75,18 @@ class SecureSumSite:
         self._directory = root / f"run-{run}"
         self._held = self._read()
 
-    def check(self, terms: Terms, *, is_private: bool) -> None:
+    def check(self, terms: Terms, *, is_private: bool, trained: str = "") -> None:
         """Return if an attempt may begin, or is the one that is held; nothing is written.
 
         Args:
             terms: As this site knows them: the run's numbers, and the subject that it computed.
             is_private: Whether the round's training draws noise.
+            trained: Digest of what decides the update; "" = the subject.
 
         Raises:
             SecureSumError: The attempt is refused: too small a cohort, a round or attempt that is
                 over, or a round that this site has helped to open.
-            Refused: Without noise, this site has helped to open a sum of this subject.
+            Refused: Without noise, this site has helped to open a sum of this content.
             SiteStateError: What was kept is damaged.
         """
         held = self._held
@@ -104,8 +107,8 @@ class SecureSumSite:
                     f"this site has helped to open the sum of round {terms.server_round}: two sums "
                     "of the same updates would say more than one, so go on to another round"
                 )
-        check_cohort(terms, self._member)
-        opened = None if is_private else self._revealed().get(terms.subject)
+        check_cohort(terms, self._member())
+        opened = None if is_private else self._revealed().get(trained or terms.subject)
         if opened is not None:
             raise Refused(
                 "replay",
@@ -114,12 +117,12 @@ class SecureSumSite:
                 "again, and two sums of them would say more than one",
             )
 
-    def advertise(self, terms: Terms, *, is_private: bool = False) -> bytes:
+    def advertise(self, terms: Terms, *, is_private: bool = False, trained: str = "") -> bytes:
         """Begin an attempt, or give its first answer again. Arguments and errors as ``check``."""
-        self.check(terms, is_private=is_private)
+        self.check(terms, is_private=is_private, trained=trained)
         if self._held is not None and self._held.terms == terms:
             return self._held.answers[Stage.ADVERTISE].encode()
-        held = advertise(terms, self._member)
+        held = advertise(terms, self._member()).model_copy(update={"trained": trained})
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._keep(held)
         self._vector.unlink(missing_ok=True)
@@ -132,11 +135,12 @@ class SecureSumSite:
         Raises:
             SecureSumError: The request is refused: client.secure_sum says why.
         """
-        held = self._attempt()
+        held, member = self._attempt(), self._member()
+        check_policy(held, member)
         if not is_repeated(held, stage, request):
-            held = ANSWERS[stage](held, request, self._member)
+            held = ANSWERS[stage](held, request, member)
             if stage == Stage.REVEAL:
-                self._note_revealed(held.terms)
+                self._note_revealed(held)
             self._keep(held)
         return held.answers[stage].encode()
 
@@ -151,10 +155,11 @@ class SecureSumSite:
 
         Arguments and errors as client.secure_sum.mask; ``values`` is drawn the first time only.
         """
-        held = self._attempt()
+        held, member = self._attempt(), self._member()
+        check_policy(held, member)
         if is_repeated(held, Stage.MASK, request):
             return self._vector
-        vector = mask(held, request, self._member, values, num_examples, rng)
+        vector = mask(held, request, member, values, num_examples, rng)
         self._remove_half_written()
         num_clipped = 0
         with atomic_file(self._vector) as file:
@@ -207,13 +212,13 @@ class SecureSumSite:
             ) from None
 
     def _revealed(self) -> dict[str, int]:
-        """Return each subject that this site helped to open a sum of, and the first such round."""
+        """Return each content that this site helped to open a sum of, and the first such round."""
         path = self._directory / _REVEALED
         found: dict[str, int] = {}
         try:
             for line in path.read_text("ascii").splitlines() if path.is_file() else []:
-                number, subject = line.split(" ")
-                found.setdefault(subject, int(number))
+                number, content = line.split(" ")
+                found.setdefault(content, int(number))
         except ValueError:
             raise SiteStateError(
                 f"{path} is damaged: put it back from a copy; without it this site takes part in "
@@ -221,12 +226,13 @@ class SecureSumSite:
             ) from None
         return found
 
-    def _note_revealed(self, terms: Terms) -> None:
-        """Put a sum's subject on disk, before a share that helps to open it leaves."""
-        if self._revealed().get(terms.subject) is None:
+    def _note_revealed(self, held: Held) -> None:
+        """Put a sum's content on disk, before a share that helps to open it leaves."""
+        content = held.trained or held.terms.subject
+        if self._revealed().get(content) is None:
             path = self._directory / _REVEALED
             before = path.read_text("ascii") if path.is_file() else ""
-            write_atomically(path, f"{before}{terms.server_round} {terms.subject}\n")
+            write_atomically(path, f"{before}{held.terms.server_round} {content}\n")
 
     def _remove_old(self) -> None:
         """Remove what a kill left half written, and the attempts of runs that ask no more."""

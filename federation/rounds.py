@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import itertools
 import math
 import shutil
@@ -219,7 +220,7 @@ def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
     small for the steps of its block grows until it is sent (error feedback, as on the way up).
     """
     directory, dtype = run.directory, run.settings.wire.downlink
-    adapter = _first_adapter(run) if server_round == 1 else directory.last_adapter()
+    adapter = _adapter_of(run, server_round)
     digest, path = directory.base_model, directory.served(server_round)
     before = before or _served_before(run, server_round)
     is_same_layout = before is not None and before.rank == adapter.rank
@@ -265,6 +266,21 @@ def _served_before(run: _Run, server_round: int) -> Update | None:
         return None
 
 
+def _adapter_of(run: _Run, server_round: int) -> Adapter:
+    """Return the adapter that a round begins with.
+
+    Where every round before it was lost and nothing draws noise, A is drawn anew, from the seed and
+    the number of the round: the sites that helped to open the last one's sum open no second one
+    over the same adapter, and no other factor can have its turn while B is zero.
+    """
+    if server_round == 1:
+        return _first_adapter(run)
+    is_none_opened = len(run.lost) == server_round - 1
+    if is_none_opened and not run.settings.training.get("noise_multiplier"):
+        return _drawn_adapter(run, server_round)
+    return run.directory.last_adapter()
+
+
 def _first_adapter(run: _Run) -> Adapter:
     """Return the adapter that the first round begins with, and say in the log that it begins."""
     adapter = _drawn_adapter(run)
@@ -280,15 +296,15 @@ def _first_adapter(run: _Run) -> Adapter:
     return adapter
 
 
-def _drawn_adapter(run: _Run) -> Adapter:
-    """Return the adapter that the first round begins with: the same for the same seed."""
+def _drawn_adapter(run: _Run, server_round: int = 1) -> Adapter:
+    """Return the adapter that a run's first sum is over: the same for the same seed and round."""
     settings = run.settings
     adapter = initial_adapter(
         Path(settings.base_model),
         rank=settings.adapter.rank,
         alpha=settings.adapter.alpha,
         targets=settings.adapter.targets,
-        seed=settings.seed,
+        seed=settings.seed if server_round == 1 else _seed_of(settings.seed, server_round),
     )
     if settings.aggregation == "alternating":
         name, shape = min(adapter.shapes().items(), key=lambda item: min(item[1]))
@@ -300,6 +316,12 @@ def _drawn_adapter(run: _Run) -> Adapter:
         modules = {name: orthonormalised(f, "A") for name, f in adapter.modules.items()}
         adapter = Adapter(adapter.rank, adapter.alpha, modules)
     return adapter
+
+
+def _seed_of(seed: int, server_round: int) -> int:
+    """Return the seed of a later draw; far from those that people choose for other runs."""
+    digest = hashlib.sha256(f"{seed}/{server_round}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _lost(run: _Run, lost: LostRound) -> Path:

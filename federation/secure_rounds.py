@@ -28,7 +28,7 @@ from federation.cohort import Candidates
 from federation.exchange import RoundError
 from federation.gathering import Gathered, Outgoing, Part, request_of
 from federation.header import WireError, num_numbers
-from federation.lost_rounds import LostRound
+from federation.lost_rounds import LostRound, lost_in_a_row
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory
 from federation.secure_messages import (
@@ -175,18 +175,25 @@ class SecureExchange:
                 num_tries -= bool(strangers)  # each is found once
                 continue
             return attempt
-        is_second = any(each.server_round == request.server_round - 1 for each in self._lost)
         way_out = "mend the sites and resume the run"
-        if is_second and not settings.training.get("noise_multiplier"):
-            way_out += (
-                ", or begin a new one: the round before was lost, and without "
-                "training.noise_multiplier a site helps to open no second sum over its adapter"
+        if self._is_stuck(request.server_round):
+            way_out = (
+                "begin a new run: this one's rounds before "
+                "were lost, and without training.noise_multiplier a site helps to open no second "
+                "sum over the same adapter"
             )
         raise RoundError(
             f"round {request.server_round}: no secure sum in {settings.round_attempts} attempts "
             f"({'; '.join(reasons[:_MAX_NAMED])}); every reason is in {self._log.path}. Nothing "
             f"was opened and the last adapter stays: {way_out}"
         )
+
+    def _is_stuck(self, server_round: int) -> bool:
+        """Return whether the same factors over the same adapter were in a lost sum before."""
+        row = len(lost_in_a_row(self._lost, server_round - 1))
+        if self._settings.training.get("noise_multiplier") or row == server_round - 1:
+            return False  # drawn anew: the noise, or the adapter
+        return row >= (2 if self._settings.aggregation == "alternating" else 1)
 
     def _asked(self, server_round: int, number: int, *, is_first: bool) -> list[str]:
         """Return whom an attempt asks, as the seed draws them.

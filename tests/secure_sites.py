@@ -23,6 +23,7 @@ from client.gate import SiteGate
 from client.identity import public_identity
 from client.ledger import LEDGER, Ledger
 from client.policy import Policy
+from client.policy_file import PolicyFile
 from client.round import site_records
 from client.site import Site
 from client.trainer import Reply as Answer
@@ -58,6 +59,8 @@ class Institution:
         self.site.state.mkdir(exist_ok=True)
         self.identity = Ed25519PrivateKey.from_private_bytes(bytes([index + 1]) * 32)
         self.policy = Policy()
+        self.policy_file: PolicyFile | None = None
+        """Is read anew while the trainer lives, in place of ``policy``."""
         self.said: list[tuple[str, dict[str, Any]]] = []
         self._open = ExitStack()
         self._trainer: Trainer | None = None
@@ -75,7 +78,7 @@ class Institution:
             ledger = Ledger.open(self.site.state / LEDGER)
             now = datetime(2026, 11, 24, 12, tzinfo=UTC)
             gate = SiteGate(
-                self.policy,
+                self.policy_file or self.policy,
                 ledger,
                 data_set,
                 say=self.say,

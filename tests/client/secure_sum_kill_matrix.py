@@ -26,7 +26,7 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "shutil
 def answer(directory: Path, cohort: Cohort, stage: Stage, request: bytes, seed: int) -> bytes:
     """Answer a stage as a site that was started just now."""
     shadow = cohort.sites["s0"]
-    site = SecureSumSite(directory, cohort.terms.run, shadow.member)
+    site = SecureSumSite(directory, cohort.terms.run, lambda: shadow.member)
     if stage == Stage.ADVERTISE:
         return site.advertise(cohort.terms)
     if stage == Stage.MASK:

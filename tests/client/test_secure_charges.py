@@ -25,6 +25,7 @@ from tests.client.test_secure_round import (
     PRIVATE,
     PRIVATE_LIMITS,
     RUN,
+    TRAINING,
     Asks,
     change_of,
     errors,
@@ -140,6 +141,20 @@ def test_verify_sees_a_masked_vector_whose_training_nobody_was_charged_for(tmp_p
         check_epsilons(path, read_ledger(path))
 
 
+@pytest.mark.parametrize(
+    "other", [{"adapter": "f" * 64}, {"settings": "e" * 64}, {"stage": "failed"}]
+)
+def test_verify_takes_no_vector_for_a_row_that_charges_something_else(
+    other: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / LEDGER
+    with Ledger.open(path) as book:
+        book.append(entry(1, **({"stage": "trained", "num_bytes": 0} | other)))
+        book.append(entry(1, stage="secure", event=PrivacyEvent(1.0, 0.1, 0)))
+    with pytest.raises(LedgerError, match="row 3 charges nothing, and no row before it charges"):
+        check_epsilons(path, read_ledger(path))
+
+
 def test_a_secure_round_whose_trainer_is_killed_again_and_again_is_charged_as_a_failure(
     sites: SecureSites, asks: Asks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +199,22 @@ def test_without_noise_an_adapter_whose_sum_was_opened_is_not_trained_in_another
         assert sites.institutions["a"].count("trained") == 2
         # Another adapter is another matter.
         run_until(sites, asks(seed=2, server_round=3))
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [{"weight_decay": 0.0}, {"weight_decay": -0.0}, {"accumulation": 1}, {"record_clip_norm": 0.5}],
+)
+def test_settings_that_come_to_the_same_open_no_second_sum_however_they_are_spelled(
+    spelling: dict[str, Any], tiny_model: Path, tmp_path: Path, asks: Asks
+) -> None:
+    with SecureSites(tiny_model, tmp_path / "plain") as sites:
+        run_until(sites, asks())
+        again = asks(server_round=2, training=TRAINING | spelling)
+        assert sum_of(again).terms.subject != sum_of(asks(server_round=2)).terms.subject
+        replies = run_stage(sites, again, sum_of(again))
+        assert all("replay: this site has helped to open" in one for one in errors(replies))
+        run_until(sites, asks(server_round=2, training=TRAINING | {"weight_decay": 0.1}))
 
 
 def test_with_noise_a_run_goes_on_from_the_same_adapter(sites: SecureSites, asks: Asks) -> None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.identity import check_identity, new_identity, public_identity, read_identity
 from client.ledger import LEDGER, Row, read_ledger
 from client.policy import Policy
+from client.policy_file import PolicyFile
 from client.site_files import attempt, look
 from federation.adapter import initial_adapter
 from federation.base_model import model_digest
@@ -30,7 +31,9 @@ from federation.secure_sum import SecureSum
 from federation.settings import SettingsError
 from federation.sites import Reply, Request
 from federation.wire import encode, open_update
+from tests.client.policy_example import changed
 from tests.client.test_cli import run as run_command
+from tests.client.test_policy_file import toml_of
 from tests.conftest import write_records
 from tests.secure_sites import STAGES, SecureSites
 
@@ -111,6 +114,16 @@ def run_stage(sites: SecureSites, request: Request, secure: SecureSum) -> dict[s
         if reply.update is not None:
             secure.take(reply.site, reply.update)
     return replies
+
+
+def asked_alone(sites: SecureSites, request: Request, secure: SecureSum) -> Reply:
+    """Ask site a what all are asked next; the sum does not take its reply in."""
+    message = request.message.with_name("stage")
+    message.write_bytes(secure.request())
+    sites.send(["a"], replace(request, stage=str(secure.stage), message=message))
+    reply = sites.receive()
+    assert reply is not None
+    return reply
 
 
 def run_until(
@@ -313,8 +326,6 @@ def test_a_policy_refuses_the_first_stage_and_nothing_is_trained(
 def test_a_policy_that_became_stricter_ends_a_site_s_part_between_the_stages(
     sites: SecureSites, asks: Asks
 ) -> None:
-    from tests.client.policy_example import changed
-
     secure = run_until(sites, asks(), Stage.MASK)
     site = sites.institutions["b"]
     site.stop()
@@ -337,6 +348,43 @@ def test_a_member_that_a_policy_does_not_list_gets_no_share(
         replies = run_stage(sites, asks(), secure)
         others = errors({name: replies[name] for name in "abc"})
         assert all("is not one of the 4 that this site's policy lists" in one for one in others)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("was_listed", [True, False])
+def test_a_member_that_is_struck_from_the_policy_s_file_gets_nothing_more(
+    stage: Stage, was_listed: bool, sites: SecureSites, asks: Asks, tmp_path: Path
+) -> None:
+    site, path = sites.institutions["a"], tmp_path / "policy.toml"
+    tree = site.policy.model_dump(mode="json", by_alias=True, exclude={"quiet_hours"})
+    tree = tree if was_listed else changed(tree, aggregation__cohort=["any"])
+    path.write_text(toml_of(tree))
+    site.policy_file = PolicyFile(path, site.say, sleep=lambda _: None)
+    secure = run_until(sites, asks(), stage)
+    # As many as before: only who they are is another.
+    others = [public_identity(sites.institutions[name].identity) for name in "bc"]
+    path.write_text(toml_of(changed(tree, aggregation__cohort=[*others, "e" * 64])))
+    before = len(stages_of(sites, "a"))
+    for _ in range(2):  # asked again it is no different
+        reply = asked_alone(sites, asks(), secure)
+        assert reply.update is None
+        assert "is not one of the 4 that this site's policy lists" in (reply.error or "")
+    assert len(stages_of(sites, "a")) == before
+
+
+def test_shares_that_are_on_disk_stay_there_when_a_member_is_struck(
+    sites: SecureSites, asks: Asks, tmp_path: Path
+) -> None:
+    site, path = sites.institutions["a"], tmp_path / "policy.toml"
+    tree = site.policy.model_dump(mode="json", by_alias=True, exclude={"quiet_hours"})
+    path.write_text(toml_of(tree))
+    site.policy_file = PolicyFile(path, site.say, sleep=lambda _: None)
+    secure = run_until(sites, asks(), Stage.SHARE)
+    assert asked_alone(sites, asks(), secure).error is None
+    path.write_text(toml_of(changed(tree, aggregation__cohort=["e" * 64, "f" * 64])))
+    again = asked_alone(sites, asks(), secure)
+    assert again.update is None
+    assert "that this site's policy lists" in (again.error or "")
 
 
 def test_a_site_without_an_identity_takes_part_in_no_secure_sum(

@@ -27,7 +27,7 @@ class OnDisk:
 
     @property
     def site(self) -> SecureSumSite:
-        return SecureSumSite(self.directory, self.cohort.terms.run, self.member)
+        return SecureSumSite(self.directory, self.cohort.terms.run, lambda: self.member)
 
     def answer(self, stage: Stage, request: bytes, terms: Terms) -> bytes:
         if stage == Stage.ADVERTISE:
@@ -176,7 +176,7 @@ def test_what_was_opened_is_remembered_when_the_run_has_slept_for_weeks(tmp_path
     (asleep / "attempt.json").write_text("{}")
     for old in (directory, asleep):
         os.utime(old, (0, old.stat().st_mtime - KEPT_S - 60))
-    another = SecureSumSite(site.directory, "dead", site.member)
+    another = SecureSumSite(site.directory, "dead", lambda: site.member)
     assert another.advertise(terms_of(4, 3, run="dead"))
     assert ([path.name for path in directory.iterdir()], asleep.exists()) == (["revealed"], False)
     with pytest.raises(Refused, match="the sum of round 1 of this run"):
@@ -262,11 +262,11 @@ def test_a_run_is_not_the_name_of_a_file(tmp_path: Path) -> None:
     cohort, site = cohort_on_disk(tmp_path)
     for run in ("", "../up", "BEEF", "a" * 65):
         with pytest.raises(SecureSumError, match="expected 1 to 64 hex digits"):
-            SecureSumSite(tmp_path, run, site.member)
+            SecureSumSite(tmp_path, run, lambda: site.member)
     with pytest.raises(SecureSumError, match="the terms are for run beef, this is dead"):
-        SecureSumSite(tmp_path, "dead", site.member).advertise(cohort.terms)
+        SecureSumSite(tmp_path, "dead", lambda: site.member).advertise(cohort.terms)
     with pytest.raises(SecureSumError, match="advertise first"):
-        SecureSumSite(tmp_path, "dead", site.member).answer(Stage.SHARE, b"")
+        SecureSumSite(tmp_path, "dead", lambda: site.member).answer(Stage.SHARE, b"")
 
 
 def test_damaged_state_is_named(tmp_path: Path) -> None:

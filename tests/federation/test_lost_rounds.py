@@ -25,7 +25,15 @@ from federation.sites import Request
 from federation.status import summarise
 from federation.update import open_update
 from tests.federation.runs import dense, events, weights_of
-from tests.federation.secure_runs import PRIVATE, Make, die, private_sites, run, secure_settings
+from tests.federation.secure_runs import (
+    PRIVATE,
+    SHORT,
+    Make,
+    die,
+    private_sites,
+    run,
+    secure_settings,
+)
 from tests.secure_sites import SecureSites
 
 MOMENTUM = {"kind": "fedavgm", "learning_rate": 1.0, "momentum": 0.9}
@@ -218,6 +226,30 @@ def test_a_lost_first_round_trains_b_again_and_a_later_one_passes_its_turn_on(
     assert [one == two for one, two in itertools.pairwise(adapters)] == [lost == 1, lost == 2]
     before, last = (read_adapter(Path(settings().out) / f"round-{n:04d}") for n in (2, 3))
     assert any(np.any(dense(last.modules[n]) != dense(f)) for n, f in before.modules.items())
+
+
+@pytest.mark.parametrize("aggregation", ["alternating", "factors"])
+def test_without_noise_a_run_whose_first_sums_were_lost_goes_on_from_another_drawn_adapter(
+    aggregation: str, settings: Make, sites: SecureSites
+) -> None:
+    """Sites open no second sum over the adapter that the lost round was about."""
+    changes = {"training": SHORT, "aggregation": aggregation, "round_attempts": 1}
+    three = settings(num_rounds=3, **changes)
+    sites.spoil["c", Stage.MASK] = absurd
+    with pytest.raises(RoundError, match="rounds 1 to 2: no secure sum came out"):
+        run(sites, three)
+    sites.spoil.clear()
+    served: list[str] = []
+    sites.before[Stage.SHARE] = die
+    for _ in range(2):  # the same draw after a kill, else a site's own replay rule ends the round
+        with pytest.raises(SystemExit):
+            run(sites, settings(resume=three.out))
+        path = Path(three.out) / "served" / "round-0003.update"
+        served.append(open_update(path).checksum)
+    assert served[0] == served[1]
+    sites.before.clear()
+    run(sites, settings(resume=three.out))
+    assert [event.server_round for event in events(three, SumOpened)] == [3]
 
 
 def test_a_sum_that_can_never_be_opened_loses_its_round_and_the_run_goes_on(
