@@ -218,8 +218,9 @@ def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
     adapter. The difference is kept and added to what becomes of the round, so that a number too
     small for the steps of its block grows until it is sent (error feedback, as on the way up).
 
-    Nothing here is waited for: until the round is committed all of it is made again, with the same
-    bytes, from what the round before left on disk.
+    Nothing here is waited for, and `opened` does not read back what was just written: until the
+    round is committed all of it is made again, with the same bytes, from what the round before left
+    on disk, and a resumed run checks what it opens.
     """
     directory, dtype = run.directory, run.settings.wire.downlink
     adapter = _first_adapter(run) if server_round == 1 else directory.last_adapter()
