@@ -484,6 +484,7 @@ def test_a_masked_vector_that_comes_late_is_let_go_without_a_download(
     (tmp_path / "message").write_bytes(b"adapter")
     asked = Request(1, tmp_path / "message", {}, secure_sum={"cohort": 2}, stage="mask", attempt=1)
     to = [str(superlink.node_id)]
+    superlink.state.object_store.clear()
     attempts = []
 
     def receive() -> None:
