@@ -201,7 +201,7 @@ def open_received(path: Path, site: Site, request: RoundRequest) -> Update:
     """
     reference = reference_of(path)
     held = SiteState(site.state, request.run).open_adapter(reference) if reference else None
-    received = open_update(path, reference=held, keeps=True)
+    received = open_update(path, reference=held, keeps=request.leaves_state)
     digest = _digest(site.base_model)
     if received.base_model != digest:
         raise ModelError(

@@ -165,7 +165,8 @@ class SiteState:
         if is_reference and not path.is_file():
             # If power is lost it may be damaged: its digest says so, and it is asked for again.
             write_known(path, received)
-            if received.numbers is not None:
+            # A message of one factor has the other from its reference, not in memory.
+            if received.numbers is not None and received.content:
                 _remember(path, replace(received, origin=None))
         after = ""
         if residual is not None:
@@ -234,10 +235,15 @@ def _write_residual(path: Path, residual: Factors, base_model: str) -> None:
 _NUM_REMEMBERED = 2
 """An adapter and a residual: what the next round of a resident trainer reads."""
 _memory: OrderedDict[Path, tuple[tuple[int, int, int], Update]] = OrderedDict()
-"""What this process wrote or read last, and which file that was: it is not read again."""
+"""What this process wrote or read last, and which file that was: it is not read again.
+
+All of one run. Between its rounds that is up to twice the adapter as float32.
+"""
 
 
 def _remember(path: Path, update: Update) -> None:
+    for other in [each for each in _memory if each.parent != path.parent]:
+        del _memory[other]
     _memory[path] = _stamp(path), update
     while len(_memory) > _NUM_REMEMBERED:
         _memory.popitem(last=False)

@@ -86,6 +86,12 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} exists already: remove it or choose another output directory")
 
 
+def sync_file(path: Path) -> None:
+    """Put a file that was written before on disk, and its name."""
+    _sync(path)
+    _sync(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Put the names in a directory on disk."""
     _sync(path)

@@ -59,6 +59,14 @@ _ASKED_AT_ONCE = 256
 """Ids of messages in one look."""
 _OBJECTS, _OBJECT_BYTES = 64, 1 << 18
 """A reply may have so many objects, and one more for so many bytes: flwr cuts at 5 MB."""
+_NO_REPLYS = {httpx.codes.NOT_FOUND, httpx.codes.TOO_MANY_REQUESTS}
+"""Statuses that no reply can bring about."""
+_AWAY = {
+    httpx.codes.BAD_GATEWAY,
+    httpx.codes.SERVICE_UNAVAILABLE,
+    httpx.codes.GATEWAY_TIMEOUT,
+}
+"""Statuses that a reply brings about only if others are answered at the same time."""
 _RECORD_BYTES = 1 << 20
 """What a reply may hold beside its update."""
 TOO_LONG = "the reply is longer than an update of this run's adapter can be: it was not taken in"
@@ -154,7 +162,32 @@ class _Announced:
     next_try: float = 0.0
     wait_s: float = RETRY_S[0]
     faults: int = 0
-    """Tries that the SuperLink answered with status 500."""
+    """Tries that failed by its own fault, as far as it can be told."""
+
+
+@dataclass
+class _Doubted:
+    """A message that the SuperLink cannot be asked about, while it can be asked about others."""
+
+    faults: int = 0
+    next_try: float = 0.0
+
+
+class _Room:
+    """The bytes that one reply may still have. Its downloads share it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+        self._lock = threading.Lock()
+
+    def check(self, num_bytes: int) -> None:
+        if num_bytes > self._left:
+            raise ReplyError(TOO_LONG)
+
+    def use(self, num_bytes: int) -> None:
+        with self._lock:
+            self._left -= num_bytes
+        self.check(0)
 
 
 class HttpPost:
@@ -166,11 +199,14 @@ class HttpPost:
         self._announced: dict[str, _Announced] = {}
         self._done: list[str] = []
         """Replies whose objects may go: said in the next look, when nobody waits for it."""
+        self._doubted: dict[str, _Doubted] = {}
+        """By id of the message."""
         self._lost: dict[str, str] = {}
         """By id of the message: why the SuperLink cannot say whether it is answered."""
-        self._room = 0
-        """Bytes that the reply in hand may still have."""
-        self._lock = threading.Lock()
+        self._failing: set[str] = set()
+        """Messages whose replies could not be had since the last object of any that could."""
+        self._of_this_thread = threading.local()
+        """Its `room`: of the reply that the thread downloads."""
         # Before a response's body is read, so that no site chooses this process's memory.
         self._client._client.event_hooks["response"].append(self._refuse_long)
 
@@ -213,27 +249,64 @@ class HttpPost:
     def look(self, message_ids: Iterable[str]) -> None:
         """Ask, in few requests, which of these messages are answered.
 
-        A reply of which the SuperLink cannot say even that costs its own site only.
+        A reply of which the SuperLink cannot say even that costs its own site only: it is asked
+        for alone until it was in vain too often. A fault that meets all of them is the
+        SuperLink's: no reply is lost by it, and the next look asks again.
         """
         self._let_go()
         known = self._announced.keys() | self._lost.keys()
         wanted = [name for name in message_ids if name not in known]
-        for start in range(0, len(wanted), _ASKED_AT_ONCE):
-            self._ask_for(wanted[start : start + _ASKED_AT_ONCE], FAULTS_S)
+        alone = [name for name in wanted if name in self._doubted]
+        others = [name for name in wanted if name not in self._doubted]
+        due = [name for name in alone if time.monotonic() >= self._doubted[name].next_try]
+        answered: list[str] = []
+        failed: dict[str, httpx.HTTPStatusError] = {}
+        for start in range(0, len(others), _ASKED_AT_ONCE):
+            chunk = others[start : start + _ASKED_AT_ONCE]
+            self._ask_for(chunk, FAULTS_S, answered, failed)
+        for name in due:
+            self._ask_for([name], (), answered, failed)
+        for name in answered:
+            self._doubted.pop(name, None)
+        for name, error in failed.items():
+            status = error.response.status_code
+            is_lone = len(failed) == 1 and status not in _AWAY
+            if status in _NO_REPLYS or not (answered or is_lone):
+                _log.warning("asking again: %s", _fault(error))
+                continue
+            doubted = self._doubted.setdefault(name, _Doubted())
+            if doubted.faults == len(FAULTS_S):
+                self._lost[name] = _fault(error)
+                del self._doubted[name]
+            else:
+                doubted.next_try = time.monotonic() + FAULTS_S[doubted.faults]
+                doubted.faults += 1
 
-    def _ask_for(self, wanted: Sequence[str], waits: Sequence[float]) -> None:
+    def _ask_for(
+        self,
+        wanted: Sequence[str],
+        waits: Sequence[float],
+        answered: list[str],
+        failed: dict[str, httpx.HTTPStatusError],
+    ) -> None:
+        """Ask for some messages; add each to those that the SuperLink could be asked about or not.
+
+        Raises:
+            httpx.HTTPStatusError: The run is stopped, or its token over.
+        """
         request = PullAppMessagesRequest(message_ids=wanted)
         try:
             response = self._call(self._client.PullMessages, request, waits)
         except httpx.HTTPStatusError as error:
-            reason = _fault(error)
-            if len(wanted) == 1:
-                self._lost[wanted[0]] = reason
+            _fault(error)
+            if len(wanted) == 1 or error.response.status_code in _NO_REPLYS:
+                failed |= dict.fromkeys(wanted, error)
                 return
             middle = len(wanted) // 2
             for half in (wanted[:middle], wanted[middle:]):
-                self._ask_for(half, ())
+                self._ask_for(half, (), answered, failed)
             return
+        answered += wanted
         for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
             metadata = head.metadata
             if metadata.reply_to_message_id in wanted:
@@ -244,10 +317,14 @@ class HttpPost:
     def take(self, limits: Mapping[str, int]) -> Taken | None:
         """Return the first announced reply that is there whole.
 
-        One that is not is left for later, with growing pauses: it costs the others nothing.
+        One that is not is left for later, with growing pauses: it costs the others nothing. One
+        that is wanted no more is let go without a download; if it is announced only after that,
+        the SuperLink keeps it until the run is over.
         """
         for message_id in self._announced.keys() - limits.keys():
-            del self._announced[message_id]
+            self._done.append(self._announced.pop(message_id).root)
+        for message_id in self._doubted.keys() - limits.keys():
+            del self._doubted[message_id]
         while self._lost:
             message_id, reason = self._lost.popitem()
             if message_id in limits:
@@ -258,32 +335,52 @@ class HttpPost:
             taken = self._try(message_id, announced, limits[message_id])
             if taken is not None:
                 del self._announced[message_id]
-                self._done.append(announced.root)
                 return taken
         return None
 
     def _try(self, message_id: str, announced: _Announced, max_bytes: int) -> Taken | None:
-        """Return a reply or why there will be none; None if it is worth another try later."""
+        """Return a reply or why there will be none; None if it is worth another try later.
+
+        What was taken in or refused may go. What the SuperLink could not hand out stays there: it
+        may be whole, and whoever looks for the fault will want it.
+        """
         try:
             message = self._fetch(announced, max_bytes)
         except httpx.HTTPStatusError as error:
-            reason = _fault(error)
-            announced.faults += 1
-            if _is_fault(error) and announced.faults <= len(FAULTS_S):
-                announced.next_try = time.monotonic() + FAULTS_S[announced.faults - 1]
-                return None
-            return Taken(message_id, None, reason)
+            return self._try_later(message_id, announced, error)
         except (httpx.HTTPError, OSError):
             raise
         except ReplyError as error:
-            return Taken(message_id, None, str(error))
+            taken = Taken(message_id, None, str(error))
         except Exception as error:  # whatever one site sends must not end the others' run
-            return Taken(message_id, None, f"the reply is not readable ({_name(error)})")
-        if message is None:
-            announced.next_try = time.monotonic() + announced.wait_s
-            announced.wait_s = min(2 * announced.wait_s, RETRY_S[1])
+            taken = Taken(message_id, None, f"the reply is not readable ({_name(error)})")
+        else:
+            if message is None:
+                announced.next_try = time.monotonic() + announced.wait_s
+                announced.wait_s = min(2 * announced.wait_s, RETRY_S[1])
+                return None
+            taken = Taken(message_id, message)
+        self._done.append(announced.root)
+        return taken
+
+    def _try_later(
+        self, message_id: str, announced: _Announced, error: httpx.HTTPStatusError
+    ) -> Taken | None:
+        """Count a try that the SuperLink failed at; return why there is no reply after too many.
+
+        What meets several replies and no object comes between is the SuperLink's own fault, as is
+        what no reply can bring about: it is tried again for as long as the reply is wanted.
+        """
+        reason, status = _fault(error), error.response.status_code
+        self._failing.add(message_id)
+        if status in _NO_REPLYS | _AWAY or len(self._failing) > 1:
+            announced.next_try = time.monotonic() + FAULTS_S[-1]
             return None
-        return Taken(message_id, message)
+        if announced.faults == len(FAULTS_S):
+            return Taken(message_id, None, reason)
+        announced.next_try = time.monotonic() + FAULTS_S[announced.faults]
+        announced.faults += 1
+        return None
 
     def _fetch(self, announced: _Announced, max_bytes: int) -> Message | None:
         """Return a reply, or None while it is not whole: nothing is waited for.
@@ -296,24 +393,24 @@ class HttpPost:
         """
         if len(announced.object_ids) > _OBJECTS + max_bytes // _OBJECT_BYTES:
             raise ReplyError(f"the reply has {len(announced.object_ids)} objects: too many")
-        self._room = max_bytes + _RECORD_BYTES
+        # Its own: flwr ends a try without waiting for what is still on its way.
+        room = _Room(max_bytes + _RECORD_BYTES)
         gone: list[str] = []
 
         def pull(object_id: str) -> bytes:
             request = PullObjectRequest(
                 node=self._grid.node, run_id=self._grid.run.run_id, object_id=object_id
             )
+            self._of_this_thread.room = room
             answer = self._call(self._client.PullObject, request, ())
+            self._failing.clear()
             if not answer.object_found:
                 gone.append(object_id)
                 raise ObjectPullError(object_id, "gone")
             if not answer.object_available:
                 raise ObjectUnavailableError(object_id)
             content: bytes = answer.object_content
-            with self._lock:
-                self._room -= len(content)
-            if self._room < 0:
-                raise ReplyError(TOO_LONG)
+            room.use(len(content))
             return content
 
         try:
@@ -376,8 +473,8 @@ class HttpPost:
     def _refuse_long(self, response: httpx.Response) -> None:
         if response.request.url.path.endswith("/pull-object"):
             length = int(response.headers.get("content-length", 0))
-            if length > self._room + 1024:  # an object's id and type stand beside its content
-                raise ReplyError(TOO_LONG)
+            # An object's id and type stand beside its content.
+            self._of_this_thread.room.check(length - 1024)
 
     def _call(
         self, method: Callable[[Any], Any], request: Any, waits: Sequence[float] = FAULTS_S

@@ -218,6 +218,10 @@ def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
     What they train is what they can decode: after a downlink of few bits that is not quite the
     adapter. The difference is kept and added to what becomes of the round, so that a number too
     small for the steps of its block grows until it is sent (error feedback, as on the way up).
+
+    Nothing here is waited for, and `opened` does not read back what was just written: until the
+    round is committed all of it is made again, with the same bytes, from what the round before left
+    on disk, and a resumed run checks what it opens.
     """
     directory, dtype = run.directory, run.settings.wire.downlink
     adapter = _adapter_of(run, server_round)
@@ -257,7 +261,8 @@ def _serve(run: _Run, server_round: int, before: Update | None) -> Outgoing:
 def _served_before(run: _Run, server_round: int) -> Update | None:
     """Return what the sites of the round before were sent; None if it is not there, or damaged.
 
-    It is not worth a wait for the disk: without it the sites are sent the whole adapter.
+    Without it the sites are sent the whole adapter. Where changes travel that is not the adapter
+    of which they hold the rest, so it is on disk before the round before is over.
     """
     path = run.directory.served(server_round - 1)
     try:

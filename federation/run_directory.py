@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 from federation.adapter import LowRank, read_adapter
-from federation.atomic import new_directory, sync_directory, write_atomically
+from federation.atomic import new_directory, sync_directory, sync_file, write_atomically
 from federation.base_model import model_digest
 from federation.errors import UserError
+from federation.header import holds_changes
 from federation.settings import FederationSettings, SignedSettings, load_settings
 from federation.signed_run import signed_id
 
@@ -209,6 +210,10 @@ class RunDirectory:
             building: Its adapter and lineage, below ``path``; its state is in place already.
         """
         target = self.round(server_round)
+        if holds_changes(self.settings.wire.downlink):
+            # The next change stands on it, and sites answer a round asked again only if it is the
+            # same change. It was written before they trained: little of it is still in memory.
+            sync_file(self.served(server_round))
         building.replace(target)
         sync_directory(self.path)
         self.last_round = server_round

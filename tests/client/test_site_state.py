@@ -190,6 +190,29 @@ def test_what_a_process_remembers_is_what_the_next_one_reads(tmp_path: Path) -> 
     assert len(site_state._memory) == 2, "an adapter and a residual, however many rounds"
 
 
+def test_an_adapter_of_which_one_factor_came_is_a_reference_as_well(tmp_path: Path) -> None:
+    """As no server of ours sends it, but the format allows it."""
+    root, one = tmp_path / "state", open_update(sent(tmp_path, 1).path, keeps=True)
+    SiteState(root, "a").keep(1, one, residual=None, is_reference=True)
+    held = SiteState(root, "a").open_adapter(one.sha256_of_content)
+    path = tmp_path / "one-factor"
+    write_message(path, adapter(2), dtype="float32", base_model="m", reference=one, factors="A")
+    two = open_update(path, reference=held, keeps=True)
+    SiteState(root, "a").keep(2, two, residual=None, is_reference=True)
+    kept = SiteState(root, "a").open_adapter(two.sha256_of_content)
+    for factor, of in (("A", adapter(2)), ("B", adapter(1))):
+        assert torch.equal(
+            kept.rows("layers.0.q_proj", factor, 2), of.rows("layers.0.q_proj", factor, 2)
+        )
+
+
+def test_a_process_remembers_one_run_at_a_time(tmp_path: Path) -> None:
+    one = open_update(sent(tmp_path, 1).path, keeps=True)
+    for run in ("a", "b"):
+        SiteState(tmp_path, run).keep(1, one, residual=None, is_reference=True)
+    assert {path.parent.name for path in site_state._memory} == {"run-b"}
+
+
 def test_a_file_that_changed_is_not_remembered(tmp_path: Path) -> None:
     one = open_update(sent(tmp_path, 1).path, keeps=True)
     root = tmp_path / "state"

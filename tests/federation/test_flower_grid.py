@@ -1,5 +1,7 @@
 """The private names of flwr that a run's server uses, and its post against a real SuperLink."""
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -129,8 +131,6 @@ def post(superlink: Any) -> Iterator[HttpPost]:
 
 def node_of(superlink: Any) -> Any:
     """Return the site's node; all its lives share a memory, as they must."""
-    import threading
-
     from client.fleet import FleetNode
 
     memory = superlink.directory / "memory"
@@ -370,6 +370,80 @@ def test_a_reply_that_the_superlink_cannot_hand_out_costs_its_own_site_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["PullObject", "PullMessages"])
+@pytest.mark.parametrize("status", [500, 502, 503, 413, 429, 404])
+def test_a_fault_that_meets_every_site_costs_none_its_reply(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch, method: str, status: int
+) -> None:
+    monkeypatch.setattr(flower_grid, "FAULTS_S", (0.001,) * 3)
+    whole = getattr(post._client, method)
+    with node_of(superlink) as node:
+        sent = [message_to(superlink.node_id, bytes([index])) for index in range(3)]
+        ids = [str(message_id) for message_id in post.push(sent)]
+        for index in range(3):
+            assert answer(node, node.receive(), bytes([index]) * 9)
+        limits = dict.fromkeys(ids, 1 << 20)
+        monkeypatch.setattr(post._client, method, lambda _: refused(status))
+        until = time.monotonic() + 0.3  # far longer than the tries that one reply has
+        while time.monotonic() < until:
+            post.look(ids)
+            assert post.take(limits) is None
+        monkeypatch.setattr(post._client, method, whole)
+        replies = []
+        while len(replies) < 3:
+            replies.append(taken(post, *ids))
+    assert {reply.message_id for reply in replies} == set(ids)
+    assert all(reply.message is not None for reply in replies)
+
+
+@pytest.mark.slow
+def test_one_fault_while_a_spoiled_reply_is_looked_for_costs_no_other_site(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request that names one message fails; the first that names another alone too."""
+    monkeypatch.setattr(flower_grid, "FAULTS_S", (0.001,) * 3)
+    whole = post._client.PullMessages
+    with node_of(superlink) as node:
+        sent = [message_to(superlink.node_id, bytes([index])) for index in range(4)]
+        ids = [str(message_id) for message_id in post.push(sent)]
+        for index in range(4):
+            assert answer(node, node.receive(), bytes([index]) * 9)
+        hiccups = [ids[1]]
+
+        def call(request: Any) -> Any:
+            named = list(request.message_ids)
+            if named == hiccups:
+                hiccups.clear()
+                return refused(500)
+            return refused(500) if ids[0] in named else whole(request)
+
+        monkeypatch.setattr(post._client, "PullMessages", call)
+        replies = {}
+        while left := [name for name in ids if name not in replies]:
+            reply = taken(post, *left)
+            replies[reply.message_id] = reply
+    assert hiccups == []
+    assert [replies[name].message is None for name in ids] == [True, False, False, False]
+
+
+@pytest.mark.slow
+def test_the_objects_of_a_reply_that_could_not_be_handed_out_stay(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_grid, "FAULTS_S", (0.001,) * 3)
+    with node_of(superlink) as node:
+        (message_id,) = post.push([message_to(superlink.node_id, b"adapter")])
+        assert answer(node, node.receive(), b"update")
+        monkeypatch.setattr(post._client, "PullObject", lambda _: refused(500))
+        reply = taken(post, str(message_id))
+    assert (reply.message, "HTTP 500" in reply.reason) == (None, True)
+    before = num_objects(superlink)
+    post.look([])
+    assert num_objects(superlink) == before > 0
+    superlink.state.object_store.clear()
+
+
+@pytest.mark.slow
 def test_a_superlink_that_knows_the_run_no_more_ends_it(
     superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,6 +470,97 @@ def test_what_comes_late_in_a_secure_sum_is_not_even_downloaded(tmp_path: Path) 
     attempts = [reply.attempt for _ in range(9) if (reply := sites.receive()) is not None]
     assert attempts == [2, 2], "both of the attempt that goes on, none of the one before"
     assert len(pulled) == 3
+
+
+@pytest.mark.slow
+def test_a_masked_vector_that_comes_late_is_let_go_without_a_download(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two replies to an attempt that is over, one of them taken in before; with the real post."""
+    del post._client._client.event_hooks["response"][:]  # another post takes its place
+    sites = GridSites(post._grid, 600.0)
+    assert isinstance(sites._post, HttpPost)
+    post = sites._post
+    (tmp_path / "message").write_bytes(b"adapter")
+    asked = Request(1, tmp_path / "message", {}, secure_sum={"cohort": 2}, stage="mask", attempt=1)
+    to = [str(superlink.node_id)]
+    superlink.state.object_store.clear()
+    attempts = []
+
+    def receive() -> None:
+        while (reply := sites.receive()) is None:
+            pass
+        assert "not readable" not in str(reply.error)
+        attempts.append(reply.attempt)
+
+    with node_of(superlink) as node:
+        sites.send(to, asked)
+        sites.send(to, asked)
+        for content in (b"first", b"late"):
+            assert answer(node, node.receive(), content)
+        receive()
+        (late,) = post._announced.values()
+        pulled = []
+        pull_object = post._client.PullObject
+        monkeypatch.setattr(
+            post._client,
+            "PullObject",
+            lambda request: pulled.append(request.object_id) or pull_object(request),  # type: ignore[func-returns-value]
+        )
+        sites.send(to, replace(asked, attempt=2))
+        assert answer(node, node.receive(), b"in time")
+        receive()
+    assert attempts == [1, 2]
+    assert late.root not in pulled
+    assert len(pulled) == len(late.object_ids), "as many as one reply has"
+    assert sites.receive() is None
+    post.look([])
+    assert num_objects(superlink) == 0
+
+
+@pytest.mark.slow
+def test_what_is_left_of_one_replys_download_takes_no_room_of_the_next_reply(
+    superlink: Any, post: HttpPost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A try ends at the first object that is missing, while another is still on its way."""
+    from flwr.app.message import array
+    from flwr.proto.message_pb2 import PullObjectResponse
+
+    monkeypatch.setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 50_000)
+    monkeypatch.setattr(flower_grid, "_RECORD_BYTES", 20_000)
+    size, source = 700_000, np.random.default_rng(2)
+    with node_of(superlink) as node:
+        sent = [message_to(superlink.node_id, bytes([index])) for index in range(2)]
+        ids = [str(message_id) for message_id in post.push(sent)]
+        for _ in ids:
+            assert answer(node, node.receive(), source.bytes(size))
+    post.look(ids)
+    first, second = post._announced
+    of_first = set(post._announced[first].object_ids)
+    of_first -= set(post._announced[second].object_ids)
+    whole, leftover, is_missing = post._client.PullObject, [], iter([True])
+    is_on_its_way, is_next_begun = threading.Event(), threading.Event()
+
+    def call(request: Any) -> Any:
+        answered = whole(request)
+        if is_next_begun.is_set() or len(answered.object_content) < 50_000:
+            return answered
+        if request.object_id not in of_first:
+            is_next_begun.set()
+            leftover[0].join(30)
+        elif next(is_missing, False):
+            assert is_on_its_way.wait(30)
+            return PullObjectResponse(object_found=True, object_available=False)
+        else:
+            leftover.append(threading.current_thread())
+            is_on_its_way.set()
+            assert is_next_begun.wait(30)
+        return answered
+
+    monkeypatch.setattr(post._client, "PullObject", call)
+    replies = [taken(post, *ids, max_bytes=size) for _ in ids]
+    assert [reply.reason for reply in replies] == ["", ""]
+    assert [reply.message_id for reply in replies] == [second, first]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A run that was killed goes on and ends with the same bytes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from federation.rounds import run_rounds
 from federation.run_directory import ResumeError, RunDirectory
 from federation.settings import FederationSettings
 from federation.status import summarise
+from federation.update import open_update
 from tests.simulated import SimulatedSites, Ticks, crash, drift, in_rounds
 
 ROOT = Path(__file__).parents[2]
@@ -120,11 +122,41 @@ def test_a_failed_run_goes_on_under_the_settings_that_it_began_with(
     assert summarise(tmp_path / "run" / "events.jsonl")["state"] == "finished"
 
 
+@pytest.mark.parametrize("downlink", ["int8", "bfloat16", "float32"])
+def test_a_run_that_lost_power_sends_the_sites_of_its_round_the_same_adapter_again(
+    settings: FederationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, downlink: str
+) -> None:
+    """A site that answered a round refuses to answer it for another adapter.
+
+    A loss of power leaves, at its worst, what was waited for and nothing else of `served`.
+    """
+    on_disk: set[int] = set()
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    wire = settings.wire.model_copy(update={"downlink": downlink})
+    sites = failed_in_round_two(settings.model_copy(update={"wire": wire}), tmp_path / "s")
+    served = tmp_path / "run" / "served"
+    asked = open_update(served / "round-0002.update").sha256_of_content
+    names_are_safe = served.stat().st_ino in on_disk
+    for path in served.iterdir():
+        if path.stat().st_ino not in on_disk or not names_are_safe:
+            path.write_bytes(b"")
+    clock = Ticks()
+    with pytest.raises(RoundError):
+        run_rounds(sites, resume(tmp_path / "run"), clock=clock, sleep=clock.sleep)
+    assert open_update(served / "round-0002.update").sha256_of_content == asked
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_resumed_run_that_lost_what_it_sent_last_sends_the_whole_adapter(
     settings: FederationSettings, tmp_path: Path, damage: str
 ) -> None:
-    """As a loss of power may leave it: what was sent is not waited for until it is on disk."""
+    """As when somebody removed it."""
     narrow = settings.model_copy(
         update={"wire": settings.wire.model_copy(update={"downlink": "int8"})}
     )
