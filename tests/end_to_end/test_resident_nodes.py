@@ -133,7 +133,6 @@ class InProcess:
                 self.sites[name],
                 load_settings(TrainingSettings, request.training, "training"),
                 asked,
-                scratch=scratch,
                 key=self.key_of(name)(asked) if self.key_of else None,
             )
             self.replies.append(
