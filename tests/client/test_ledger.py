@@ -15,8 +15,8 @@ from client.chain import SCHEMA, LedgerError, NotALedgerError, connect, head_pat
 from client.ledger import Ledger, read_ledger
 from federation.accountant import PrivacyEvent, epsilon_of
 from tests.client.ledgers import ONE, RUN, data_set, entry, fill, open_ledger
+from tests.matrices import run_matrix
 
-ROOT = Path(__file__).parents[2]
 TRIGGERS = [statement for statement in SCHEMA if statement.startswith("CREATE TRIGGER")]
 
 
@@ -383,16 +383,6 @@ def test_the_import_is_light():
 
 
 def test_a_writer_killed_at_any_step_leaves_a_ledger_that_holds_all_that_left(tmp_path):
-    script = Path(__file__).with_name("ledger_kill_matrix.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = run_matrix(Path(__file__).with_name("ledger_kill_matrix.py"), tmp_path)
     assert report["kills"] > 150
     assert report["cuts"] > 40

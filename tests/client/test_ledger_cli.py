@@ -16,7 +16,8 @@ from federation.accountant import PrivacyEvent, epsilon_of
 from federation.errors import FedgeError, UserError
 from tests.client.ledgers import RUN, data_set, entry, fill, open_ledger
 from tests.client.test_cli import run
-from tests.client.test_ledger import ROOT, tamper
+from tests.client.test_ledger import tamper
+from tests.matrices import ROOT
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """What a secure sum costs a site, when it is charged, and what is charged to nobody twice."""
 
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +33,9 @@ from tests.client.test_secure_round import (
     stages_of,
     sum_of,
 )
+from tests.matrices import run_matrix
 from tests.secure_sites import SecureSites
 
-ROOT = Path(__file__).parents[2]
 SENTENCE = "error 1001: the site failed in this private round; its own log says why"
 
 
@@ -283,17 +280,7 @@ def test_a_round_can_be_opened_when_the_next_one_was_begun_and_killed(
 def test_a_site_that_is_killed_anywhere_in_a_secure_sum_is_charged_once_and_before_its_keys_leave(
     tmp_path: Path, every: int, least: int
 ) -> None:
-    script = Path(__file__).with_name("secure_kill_matrix.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path, str(every)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = run_matrix(Path(__file__).with_name("secure_kill_matrix.py"), tmp_path, every)
     print(report)
     assert report["advertise"]["kills"] >= least
     for stage in report.values():

@@ -1,8 +1,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,8 @@ from client.secure_sum import advertise
 from client.secure_sum_state import SecureSumSite
 from client.site_state import KEPT_S, SiteStateError
 from federation.secure_messages import SecureSumError, Stage, Terms, read, session_of, write
+from tests.matrices import run_matrix
 from tests.secure_cohort import HALF, LENGTH, Cohort, terms_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class OnDisk:
@@ -62,17 +59,7 @@ def test_a_site_that_is_started_anew_before_every_stage_takes_part(tmp_path: Pat
 def test_a_kill_at_any_change_of_the_disk_gives_one_answer_a_stage_and_the_right_sum(
     tmp_path: Path,
 ) -> None:
-    script = Path(__file__).with_name("secure_sum_kill_matrix.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout)
+    kills = run_matrix(Path(__file__).with_name("secure_sum_kill_matrix.py"), tmp_path)
     assert list(kills) == list(Stage)
     assert min(kills.values()) >= 3
     assert kills["mask"] >= 6  # the vector and the note of it

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,8 +18,7 @@ from federation.wire import (
     tensors_of,
     write_message,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.matrices import run_matrix
 
 
 def adapter(seed: int, rank: int = 2) -> Adapter:
@@ -160,17 +157,7 @@ def test_damage_is_one_sentence_with_a_way_out(tmp_path: Path) -> None:
 def test_a_site_killed_at_any_change_to_its_disk_answers_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
-    script = Path(__file__).with_name("site_kill_matrix.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = run_matrix(Path(__file__).with_name("site_kill_matrix.py"), tmp_path)
     assert report["kills"] > 40
     assert len(report["files"]) == 5
 

@@ -1,9 +1,8 @@
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.matrices import run_matrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,17 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_private_round_that_is_killed_anywhere_gives_the_same_bytes_and_is_charged_once(
     tmp_path: Path, every: int, least: int
 ) -> None:
-    script = Path(__file__).with_name("trainer_kill_matrix.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path, str(every)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+    report = run_matrix(Path(__file__).with_name("trainer_kill_matrix.py"), tmp_path, every)
     print(report)
     assert report["kills"] >= least
     assert 0 < report["charged"] < report["kills"], "some died before their charge, some after it"

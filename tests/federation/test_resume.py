@@ -1,10 +1,7 @@
 """A run that was killed goes on and ends with the same bytes."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,23 +15,14 @@ from federation.run_directory import ResumeError, RunDirectory
 from federation.settings import FederationSettings
 from federation.status import summarise
 from federation.update import open_update
+from tests.matrices import run_matrix
 from tests.simulated import SimulatedSites, Ticks, crash, drift, in_rounds
-
-ROOT = Path(__file__).parents[2]
 
 
 def kill_matrix(model: Path, work: Path, mode: str, number: int) -> list[dict[str, object]]:
-    script = Path(__file__).with_name("run_kill_matrix.py")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", script, model, work, mode, str(number)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    cases: list[dict[str, object]] = json.loads(result.stdout)["cases"]
+    cases: list[dict[str, object]] = run_matrix(
+        Path(__file__).with_name("run_kill_matrix.py"), model, work, mode, number
+    )["cases"]
     return cases
 
 
