@@ -1,9 +1,8 @@
 """A run's messages to its sites and their replies, with flwr's own client of the SuperLink.
 
 With `federation.app_bundle` this is the one file of this room that uses names of flwr that are not
-public.
-`tests/federation/test_flower_grid.py` holds each of them to the signature that it had in the
-versions named there. Of other grids (a simulation's) the public functions are used.
+public. `tests/federation/test_flower_grid.py` holds each of them to the signature that it had in
+the versions named there. For other grids (a simulation's) there is `federation.post.PublicPost`.
 
 What flwr's own grid leaves open, and is closed here: it asks for one reply after another and waits
 for the objects of a reply that is announced, 1 s at first and without end, so that one slow site
@@ -14,10 +13,9 @@ when an answer of the SuperLink to an upload is lost.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import httpx
 from flwr.app import Message
@@ -48,6 +46,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from federation.grid_sites import num_at_a_time
+from federation.post import Post, PublicPost, Taken, fault_of
 
 RETRY_S = (0.03, 2.0)
 """First and longest wait before a reply that was not whole is tried again; flwr has 1 and 10 s."""
@@ -82,74 +81,9 @@ class ReplyError(Exception):
     """A reply cannot be had, whatever is waited for."""
 
 
-@dataclass(frozen=True)
-class Taken:
-    """A reply, or why there is none."""
-
-    message_id: str
-    """Of the message that it answers."""
-    message: Message | None
-    reason: str = ""
-
-
-class Post(Protocol):
-    """Messages out, replies in. One reply is in memory at a time."""
-
-    def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Send messages; return their ids, nothing for one that the SuperLink does not take."""
-        ...
-
-    def look(self, message_ids: Iterable[str]) -> None:
-        """Ask which of these messages are answered; `take` brings the replies."""
-        ...
-
-    def take(self, limits: Mapping[str, int]) -> Taken | None:
-        """Return a reply that is there whole, or None.
-
-        Args:
-            limits: By id of the message: the longest update that is taken in. Replies to others
-                are forgotten.
-        """
-        ...
-
-
 def open_post(grid: Grid) -> Post:
     """Return the post that goes with a grid."""
     return HttpPost(grid) if isinstance(grid, HttpGrid) else PublicPost(grid)
-
-
-class PublicPost:
-    """By the public functions of any grid. It asks for one message id at a time."""
-
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-        self._ids: deque[str] = deque()
-
-    def push(self, messages: Sequence[Message]) -> list[str | None]:
-        """Send messages; return their ids, nothing for one that the SuperLink does not take."""
-        return list(self._grid.push_messages(messages))
-
-    def look(self, message_ids: Iterable[str]) -> None:
-        """Note what `take` asks for."""
-        self._ids = deque(message_ids)
-
-    def take(self, limits: Mapping[str, int]) -> Taken | None:
-        """Return the first reply that is there. What reading it raises is its site's."""
-        while self._ids:
-            message_id = self._ids.popleft()
-            if message_id not in limits:
-                continue
-            try:
-                messages = list(self._grid.pull_messages([message_id]))
-            except httpx.HTTPStatusError as error:
-                return Taken(message_id, None, _fault(error))
-            except (httpx.HTTPError, OSError):  # the SuperLink's, or this machine's
-                raise
-            except Exception as error:  # whatever one site sends must not end the others' run
-                return Taken(message_id, None, f"the reply is not readable ({_name(error)})")
-            if messages:
-                return Taken(message_id, messages[0])
-        return None
 
 
 @dataclass
@@ -272,11 +206,11 @@ class HttpPost:
             status = error.response.status_code
             is_lone = len(failed) == 1 and status not in _AWAY
             if status in _NO_REPLYS or not (answered or is_lone):
-                _log.warning("asking again: %s", _fault(error))
+                _log.warning("asking again: %s", fault_of(error))
                 continue
             doubted = self._doubted.setdefault(name, _Doubted())
             if doubted.faults == len(FAULTS_S):
-                self._lost[name] = _fault(error)
+                self._lost[name] = fault_of(error)
                 del self._doubted[name]
             else:
                 doubted.next_try = time.monotonic() + FAULTS_S[doubted.faults]
@@ -298,7 +232,7 @@ class HttpPost:
         try:
             response = self._call(self._client.PullMessages, request, waits)
         except httpx.HTTPStatusError as error:
-            _fault(error)
+            fault_of(error)
             if len(wanted) == 1 or error.response.status_code in _NO_REPLYS:
                 failed |= dict.fromkeys(wanted, error)
                 return
@@ -353,7 +287,7 @@ class HttpPost:
         except ReplyError as error:
             taken = Taken(message_id, None, str(error))
         except Exception as error:  # whatever one site sends must not end the others' run
-            taken = Taken(message_id, None, f"the reply is not readable ({_name(error)})")
+            taken = Taken(message_id, None, f"the reply is not readable ({type(error).__name__})")
         else:
             if message is None:
                 announced.next_try = time.monotonic() + announced.wait_s
@@ -371,7 +305,7 @@ class HttpPost:
         What meets several replies and no object comes between is the SuperLink's own fault, as is
         what no reply can bring about: it is tried again for as long as the reply is wanted.
         """
-        reason, status = _fault(error), error.response.status_code
+        reason, status = fault_of(error), error.response.status_code
         self._failing.add(message_id)
         if status in _NO_REPLYS | _AWAY or len(self._failing) > 1:
             announced.next_try = time.monotonic() + FAULTS_S[-1]
@@ -468,7 +402,7 @@ class HttpPost:
             try:
                 self._call(self._client.ConfirmMessageReceived, request, ())
             except httpx.HTTPStatusError as error:  # they stay until the run is over
-                _log.warning("the SuperLink keeps the objects of a reply: %s", _fault(error))
+                _log.warning("the SuperLink keeps the objects of a reply: %s", fault_of(error))
 
     def _refuse_long(self, response: httpx.Response) -> None:
         if response.request.url.path.endswith("/pull-object"):
@@ -495,22 +429,6 @@ def _is_fault(error: httpx.HTTPStatusError) -> bool:
     return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
 
 
-def _fault(error: httpx.HTTPStatusError) -> str:
-    """Return the reason why a reply cannot be had.
-
-    Raises:
-        httpx.HTTPStatusError: It is nothing about one reply: the run is stopped, or its token over.
-    """
-    status = error.response.status_code
-    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-        raise error
-    return f"the SuperLink answers HTTP {status} when it is asked for the reply: see its log"
-
-
 def _last_first(tree: ObjectTree) -> tuple[str, ...]:
     """Return the ids of a tree's objects, each once, in the reverse order of their upload."""
     return tuple(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))[::-1]
-
-
-def _name(error: Exception) -> str:
-    return type(error).__name__

@@ -15,8 +15,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from client.superlink import FleetError
 from federation import flower_grid
-from federation.flower_grid import TOO_LONG, HttpPost, PublicPost, PushError, open_post
+from federation.flower_grid import TOO_LONG, HttpPost, PushError, open_post
 from federation.grid_sites import SMALL_BYTES, GridSites, bytes_of, record_of
+from federation.post import PublicPost
 from federation.sites import Request
 from tests.private_names import TESTED, fields, parameters, unlisted
 from tests.simulated import LocalGrid
