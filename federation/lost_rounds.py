@@ -30,6 +30,7 @@ from federation.secure_memory import SecureMemory
 if TYPE_CHECKING:
     from federation.adapter import Adapter
     from federation.run_directory import RunDirectory
+    from federation.settings import FederationSettings
 
 MAX_IN_A_ROW = 2
 """Lost rounds after which a run stops."""
@@ -86,7 +87,23 @@ def stop_if_lost(lost: Sequence[LostRound], directory: RunDirectory) -> None:
     if len(row) < min(MAX_IN_A_ROW, num_rounds) or (memory.is_stopped(last_round) and not is_over):
         return
     memory.note_stopped(last_round)
-    raise RoundError(_reason_to_stop(row, is_over=is_over))
+    go_on = "resume the run"
+    if is_over:
+        go_on = "begin a new run"
+    elif is_stuck(lost, last_round, directory.settings):
+        go_on = "begin a new run (this one can go on only among sites that were in none of them)"
+    raise RoundError(_reason_to_stop(row, go_on))
+
+
+def is_stuck(lost: Sequence[LostRound], last_round: int, settings: FederationSettings) -> bool:
+    """Return whether the next round is over what was in a lost sum: its sites open no second one.
+
+    Not with noise, which is drawn anew, nor before a first sum was opened: then the adapter is.
+    """
+    row = len(lost_in_a_row(lost, last_round))
+    if settings.training.get("noise_multiplier") or row == last_round:
+        return False
+    return row >= (2 if settings.aggregation == "alternating" else 1)
 
 
 def lost_in_a_row(lost: Sequence[LostRound], last_round: int) -> list[LostRound]:
@@ -98,7 +115,7 @@ def lost_in_a_row(lost: Sequence[LostRound], last_round: int) -> list[LostRound]
     return row
 
 
-def _reason_to_stop(row: Sequence[LostRound], *, is_over: bool) -> str:
+def _reason_to_stop(row: Sequence[LostRound], go_on: str) -> str:
     """Return what whoever leads the run has to know and to do."""
     first, last = row[0].server_round, row[-1].server_round
     rounds = f"round {last}" if first == last else f"rounds {first} to {last}"
@@ -108,7 +125,6 @@ def _reason_to_stop(row: Sequence[LostRound], *, is_over: bool) -> str:
     who = in_all or "no site was in each of them"
     # Not more than that: two that lie together can bring it about for a third.
     at_odds = f"; at odds with most of the others: site {', '.join(named)}" if named else ""
-    go_on = "begin a new run" if is_over else "resume the run"
     return (
         f"{rounds}: no secure sum came out ({row[-1].reason}); {who}{at_odds}. Every site that "
         "trained for it has charged that to its data, for nothing, so the run stops with the "

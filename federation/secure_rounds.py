@@ -28,7 +28,7 @@ from federation.cohort import Candidates
 from federation.exchange import RoundError
 from federation.gathering import Gathered, Outgoing, Part, request_of
 from federation.header import WireError, num_numbers
-from federation.lost_rounds import LostRound, lost_in_a_row
+from federation.lost_rounds import LostRound, is_stuck
 from federation.metrics import check_metrics, without_unasked
 from federation.secure_memory import SecureMemory
 from federation.secure_messages import (
@@ -176,7 +176,7 @@ class SecureExchange:
                 continue
             return attempt
         way_out = "mend the sites and resume the run"
-        if self._is_stuck(request.server_round):
+        if is_stuck(self._lost, request.server_round - 1, settings):
             way_out = (
                 "begin a new run: this one's rounds before "
                 "were lost, and without training.noise_multiplier a site helps to open no second "
@@ -187,13 +187,6 @@ class SecureExchange:
             f"({'; '.join(reasons[:_MAX_NAMED])}); every reason is in {self._log.path}. Nothing "
             f"was opened and the last adapter stays: {way_out}"
         )
-
-    def _is_stuck(self, server_round: int) -> bool:
-        """Return whether the same factors over the same adapter were in a lost sum before."""
-        row = len(lost_in_a_row(self._lost, server_round - 1))
-        if self._settings.training.get("noise_multiplier") or row == server_round - 1:
-            return False  # drawn anew: the noise, or the adapter
-        return row >= (2 if self._settings.aggregation == "alternating" else 1)
 
     def _asked(self, server_round: int, number: int, *, is_first: bool) -> list[str]:
         """Return whom an attempt asks, as the seed draws them.

@@ -17,7 +17,7 @@ from federation import rounds
 from federation.adapter import read_adapter
 from federation.events import RoundFinished, RoundStarted, SiteFailed, SumLost, SumOpened
 from federation.exchange import RoundError
-from federation.lost_rounds import LostRound, lost_in_a_row, stop_if_lost
+from federation.lost_rounds import LostRound, is_stuck, lost_in_a_row, stop_if_lost
 from federation.run_directory import ResumeError, RunDirectory
 from federation.secure_messages import SealedShares, Stage, read, write
 from federation.settings import FederationSettings
@@ -378,3 +378,27 @@ def test_lost_rounds_in_a_row_end_with_the_last_one_that_is_over() -> None:
     lost = [LostRound(n, "", ()) for n in (1, 3, 4)]
     rows = [[each.server_round for each in lost_in_a_row(lost, last)] for last in range(6)]
     assert rows == [[], [1], [], [3], [3, 4], []]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "noise", "lost_rounds", "last_round", "is_it"),
+    [
+        ("factors", 0.0, [2], 2, True),
+        ("alternating", 0.0, [2], 2, False),  # the other factor has its turn
+        ("alternating", 0.0, [2, 3], 3, True),
+        ("alternating", 0.0, [1, 2], 2, False),  # A is drawn anew
+        ("alternating", 0.0, [1, 2], 3, False),  # a sum was opened since
+        ("factors", 1.0, [2, 3], 3, False),
+    ],
+)
+def test_a_run_is_stuck_where_the_same_updates_would_be_summed_again(
+    settings: Make,
+    aggregation: str,
+    noise: float,
+    lost_rounds: list[int],
+    last_round: int,
+    is_it: bool,
+) -> None:
+    chosen = settings(aggregation=aggregation, training=PRIVATE | {"noise_multiplier": noise})
+    lost = [LostRound(number, "", ()) for number in lost_rounds]
+    assert is_stuck(lost, last_round, chosen) is is_it
